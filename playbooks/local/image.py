@@ -49,6 +49,8 @@ def bootstrap(release: str, target: Path) -> None:
             f"--include={PACKAGES}",
             # A new VM makes host keys and a machine id of its own.
             "--customize-hook=rm -f $1/etc/ssh/ssh_host_* $1/etc/machine-id",
+            # No package lists yet: their directory must look as old as it is empty.
+            "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
             "--customize-hook=systemctl --root=$1 mask systemd-networkd-wait-online.service",
             "--quiet",
             release,

@@ -118,6 +118,10 @@ def same_policy(one: Any, other: Any) -> bool:
     return json.dumps(ordered(one)) == json.dumps(ordered(other))
 
 
+class NotServingError(StateError):
+    """The server does not answer, or not to this root user."""
+
+
 class Server:
     """The server as the root user sees it, and as the accounts do."""
 
@@ -168,15 +172,15 @@ class Server:
                 problem = str(failure)
             except S3Error as failure:
                 if failure.code in STRANGER_CODES:
-                    raise StateError(
+                    raise NotServingError(
                         f"the server at https://{self.endpoint} refuses the root user"
                         f" '{self.params['root_user']}' ({failure.code})"
                     ) from failure
                 problem = f"{failure.code}: {failure.message}"
                 if failure.code != NOT_READY:
-                    raise StateError(problem) from failure
+                    raise NotServingError(problem) from failure
             if time.monotonic() > deadline:
-                raise StateError(
+                raise NotServingError(
                     f"MinIO did not become ready at https://{self.endpoint} within {seconds:.0f} s:"
                     f" {problem}; see 'journalctl -u odsp-minio' on this host"
                 )
@@ -306,7 +310,7 @@ def main() -> None:
     try:
         actions = apply(Server(module.params), module.params, module.check_mode)
     except StateError as problem:
-        if not module.check_mode:
+        if not (module.check_mode and isinstance(problem, NotServingError)):
             module.fail_json(msg=str(problem))
         # A dry run before the server or its new root password is there.
         actions = ["write buckets and accounts"]

@@ -1,0 +1,70 @@
+"""What can go wrong, and what an HTTP client is told about it."""
+
+
+class ModelServerError(Exception):
+    """The base: its text is one sentence for the caller."""
+
+
+class InvalidRequestError(ModelServerError):
+    """The request is not what the API takes, or the model refuses its data."""
+
+
+class BodyTooLargeError(ModelServerError):
+    """The request is larger than allowed."""
+
+
+class ModelNotFoundError(ModelServerError):
+    """The registry knows no such model, version or alias."""
+
+
+class ModelNotLoadedError(ModelServerError):
+    """Only something loaded can be unloaded."""
+
+
+class ModelNotLoadableError(ModelServerError):
+    """The model's files or requirements cannot be turned into a running model."""
+
+
+class ModelFailedError(ModelServerError):
+    """The model's own code failed, or its answer has no JSON form."""
+
+
+class RunnerEndedError(ModelServerError):
+    """The model's process ended before it answered."""
+
+
+class DeadlineExceededError(ModelServerError):
+    """A load or a prediction took longer than allowed."""
+
+
+class IndexUnavailableError(ModelServerError):
+    """The package index does not answer."""
+
+
+class RegistryUnavailableError(ModelServerError):
+    """MLflow does not answer."""
+
+
+class RegistryRefusedError(ModelServerError):
+    """MLflow answers, but not with what was asked for."""
+
+
+class CatalogUnavailableError(ModelServerError):
+    """The database of what shall be loaded does not answer."""
+
+
+STATUS_CODES: dict[type[ModelServerError], int] = {
+    InvalidRequestError: 422,
+    BodyTooLargeError: 413,
+    ModelNotFoundError: 404,
+    ModelNotLoadedError: 404,
+    ModelNotLoadableError: 422,
+    ModelFailedError: 500,
+    RunnerEndedError: 503,
+    DeadlineExceededError: 504,
+    IndexUnavailableError: 503,
+    RegistryUnavailableError: 503,
+    RegistryRefusedError: 502,
+    CatalogUnavailableError: 503,
+}
+"""The one place where an error becomes a status; 503 also tells the client when to try again."""

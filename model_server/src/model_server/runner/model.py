@@ -1,0 +1,172 @@
+"""One model: load it with MLflow, ask it, put its errors into sentences."""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from .inputs import Column, InputError, model_input
+from .values import NoJsonFormError, to_json
+
+_LONGEST_MESSAGE = 1000
+
+
+class ModelError(Exception):
+    """The model's own code failed."""
+
+
+class Model(ABC):
+    """A loaded model; its flavor decides what it takes."""
+
+    def predict(self, body: bytes) -> bytes:
+        """Answer the body of a prediction request with the body of its response."""
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"The request cannot be read: {error}") from None
+        function = request.get("predict_function", "predict")
+        try:
+            answer = self.ask(
+                request["data"], function, request.get("dtype"), request.get("params")
+            )
+        except InputError:
+            raise
+        except (ValueError, TypeError, LookupError) as error:
+            raise InputError(f"The model refuses the data: {_sentence(error)}") from error
+        except Exception as error:
+            if type(error).__name__ == "MlflowException":
+                raise InputError(f"The model refuses the data: {_sentence(error)}") from error
+            raise ModelError(f"The model failed: {_sentence(error)}") from error
+        try:
+            return b'{"prediction":' + to_json(answer) + b"}"
+        except NoJsonFormError as error:
+            raise ModelError(str(error)) from error
+
+    @abstractmethod
+    def ask(
+        self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
+    ) -> Any:
+        """Call the model's function."""
+
+
+class PyfuncModel(Model):
+    """A model of any kind, behind MLflow's common interface and the model's signature."""
+
+    def __init__(self, folder: Path) -> None:
+        import mlflow.pyfunc
+
+        self._model = mlflow.pyfunc.load_model(str(folder))
+        signature = self._model.metadata.signature
+        self._schema = signature.inputs if signature else None
+        self._takes_params = bool(signature and signature.params)
+        self._takes_lists = bool(
+            getattr(self._model.metadata, "_is_signature_from_type_hint", False)
+        )
+
+    def ask(
+        self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
+    ) -> Any:
+        """Call `predict` with the signature enforced, or the model's own `predict_proba`."""
+        rows = data if self._takes_lists else self._rows(data, dtype)
+        if function == "predict_proba":
+            return _probabilities(self._own_model(), rows, params)
+        if not params:
+            return self._model.predict(rows)
+        if not self._takes_params:
+            raise InputError("This model takes no params; its signature names none.")
+        return self._model.predict(rows, params=params)
+
+    def _rows(self, data: list[Any], dtype: str | None) -> Any:
+        if self._schema is None:
+            return model_input(data, dtype=dtype)
+        if self._schema.is_tensor_spec():
+            specs = self._schema.inputs
+            tensor_type = specs[0].type if len(specs) == 1 else None
+            return model_input(data, dtype=dtype, tensor_type=tensor_type)
+        columns = None
+        if self._schema.has_input_names():
+            columns = _columns(self._schema)
+        return model_input(data, dtype=dtype, columns=columns)
+
+    def _own_model(self) -> Any:
+        """The model inside MLflow's wrapper, where the wrapper gives it away."""
+        for method in ("get_raw_model", "unwrap_python_model"):
+            try:
+                model = getattr(self._model, method)()
+            except Exception:  # noqa: BLE001, S112  each wrapper refuses in its own way
+                continue
+            if hasattr(model, "predict_proba"):
+                return model
+        return None
+
+
+class SklearnModel(Model):
+    """A scikit-learn estimator, as it was trained."""
+
+    def __init__(self, folder: Path) -> None:
+        import mlflow.models
+        import mlflow.sklearn
+
+        self._model = mlflow.sklearn.load_model(str(folder))
+        signature = mlflow.models.Model.load(str(folder)).signature
+        schema = signature.inputs if signature else None
+        typed: list[Column] = []
+        if schema is not None and not schema.is_tensor_spec() and schema.has_input_names():
+            typed = _columns(schema)
+        types = {column.name: column.type for column in typed}
+        names = getattr(self._model, "feature_names_in_", None)
+        self._columns = (
+            None
+            if names is None
+            else [Column(str(name), types.get(str(name))) for name in names]
+        )
+
+    def ask(
+        self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
+    ) -> Any:
+        """Call the estimator's own function."""
+        rows = model_input(data, dtype=dtype, columns=self._columns)
+        if self._columns and isinstance(data[0], dict):
+            names = [column.name for column in self._columns]
+            missing = [name for name in names if name not in rows.columns]
+            if missing:
+                raise InputError(f"The rows of data lack the columns {', '.join(missing)}.")
+            rows = rows[names]
+        if function == "predict_proba":
+            return _probabilities(self._model, rows, params)
+        if params:
+            raise InputError("params are for the flavor pyfunc; sklearn takes none.")
+        if not hasattr(self._model, "predict"):
+            raise InputError(f"This model, a {type(self._model).__name__}, has no predict.")
+        return self._model.predict(rows)
+
+
+FLAVORS: dict[str, type[PyfuncModel] | type[SklearnModel]] = {
+    "pyfunc": PyfuncModel,
+    "sklearn": SklearnModel,
+}
+
+
+def load_model(folder: Path, flavor: str) -> Model:
+    """Load the model of a folder."""
+    try:
+        return FLAVORS[flavor](folder)
+    except Exception as error:
+        raise ModelError(f"The model cannot be loaded as {flavor}: {_sentence(error)}") from error
+
+
+def _columns(schema: Any) -> list[Column]:
+    return [Column(str(spec.name), getattr(spec.type, "name", None)) for spec in schema.inputs]
+
+
+def _probabilities(model: Any, rows: Any, params: dict[str, Any] | None) -> Any:
+    if params:
+        raise InputError("params are for predict; predict_proba takes none.")
+    if not hasattr(model, "predict_proba"):
+        raise InputError("This model has no predict_proba; use predict.")
+    return model.predict_proba(rows)
+
+
+def _sentence(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."

@@ -1,0 +1,133 @@
+"""The process around a model: one thread asks the model, one per connection reads and writes."""
+
+import fcntl
+import json
+import os
+import queue
+import resource
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import wire
+from .inputs import InputError
+from .model import Model, ModelError, load_model
+
+_BACKLOG = 1024
+_WATCH_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 10.0
+
+
+@dataclass
+class _Job:
+    body: bytes
+    answer: bytes = b""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class RunnerProcess:
+    """Listens from the start, answers when the model is there."""
+
+    def __init__(self, address: Path) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loaded = threading.Event()
+        self._problem_told = threading.Event()
+        self._problem: str | None = None
+        address.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        self._listener.bind(str(address))
+        os.umask(before)
+        self._listener.listen(_BACKLOG)
+
+    def serve(self, folder: Path, flavor: str) -> int:
+        """Load the model and answer until told to stop."""
+        threading.Thread(target=self._accept, daemon=True).start()
+        try:
+            model = load_model(folder, flavor)
+        except ModelError as error:
+            traceback.print_exc()
+            self._problem = str(error)
+            self._loaded.set()
+            self._problem_told.wait(_LAST_WORDS_SECONDS)
+            return 1
+        self._loaded.set()
+        while (job := self._jobs.get()) is not None:
+            job.answer = _answer(model, job.body)
+            job.done.set()
+        return 0
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._talk, args=[connection], daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection:
+            while True:
+                try:
+                    kind, content = wire.receive(connection)
+                    connection.sendall(self._reply(kind, content))
+                except (EOFError, ConnectionError):
+                    return
+                if self._problem is not None:
+                    self._problem_told.set()
+
+    def _reply(self, kind: bytes, content: bytes) -> bytes:
+        if kind == wire.STOP:
+            self._jobs.put(None)
+            return wire.pack(wire.ANSWER)
+        self._loaded.wait()
+        if self._problem is not None:
+            return _refusal(wire.MODEL_ERROR, self._problem)
+        if kind == wire.DESCRIBE:
+            return wire.pack(wire.ANSWER)
+        job = _Job(content)
+        self._jobs.put(job)
+        job.done.wait()
+        return job.answer
+
+
+def _answer(model: Model, body: bytes) -> bytes:
+    try:
+        return wire.pack(wire.ANSWER, model.predict(body))
+    except InputError as error:
+        return _refusal(wire.INPUT_ERROR, str(error))
+    except ModelError as error:
+        traceback.print_exc()
+        return _refusal(wire.MODEL_ERROR, str(error))
+    except Exception as error:  # noqa: BLE001  whatever it is, only this request fails
+        traceback.print_exc()
+        return _refusal(wire.MODEL_ERROR, f"The model failed: {type(error).__name__}: {error}")
+
+
+def _refusal(kind: str, message: str) -> bytes:
+    return wire.pack(wire.REFUSAL, json.dumps({"kind": kind, "message": message}).encode())
+
+
+def end_with_service(lock: Path) -> None:
+    """End this process when no worker of the service holds its lock any more."""
+    with lock.open("rb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_WATCH_SECONDS)
+            else:
+                os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one model: address of the socket, the model's folder, its flavor, the service's lock."""
+    address, folder, flavor, lock = arguments
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=end_with_service, args=[Path(lock)], daemon=True).start()
+    status = RunnerProcess(Path(address)).serve(Path(folder), flavor)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that a model left behind must not keep the process.
+    os._exit(status)
