@@ -8,6 +8,7 @@ from threading import Lock
 
 from sqlalchemy import (
     Column,
+    ColumnElement,
     Connection,
     DateTime,
     Integer,
@@ -87,9 +88,7 @@ class Catalog:
         by_model: dict[tuple[str, str, int], list[str]] = {}
         for row in aliases:
             by_model.setdefault((row.name, row.flavor, row.version), []).append(row.alias)
-        return [
-            _entry(row, by_model.get((row.name, row.flavor, row.version), [])) for row in rows
-        ]
+        return [_entry(row, by_model.get((row.name, row.flavor, row.version), [])) for row in rows]
 
     def find(self, name: str, flavor: str, version: int) -> CatalogEntry | None:
         """The entry of one model version."""
@@ -202,7 +201,7 @@ class Catalog:
                 connection.execute(CreateTable(table, if_not_exists=True))
 
 
-def _is(name: str, flavor: str, version: int) -> tuple[object, object, object]:
+def _is(name: str, flavor: str, version: int) -> tuple[ColumnElement[bool], ...]:
     return (_MODELS.c.name == name, _MODELS.c.flavor == flavor, _MODELS.c.version == version)
 
 

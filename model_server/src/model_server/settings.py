@@ -160,7 +160,7 @@ class Settings(BaseSettings):
 def read_settings() -> Settings:
     """Read the settings from the environment, or say in one sentence what is wrong with it."""
     try:
-        return Settings()  # type: ignore[call-arg]
+        return Settings()
     except ValidationError as error:
         raise InvalidSettingsError("; ".join(_sentences(error)) + ".") from None
 

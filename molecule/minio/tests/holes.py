@@ -6,7 +6,8 @@ and looks afterwards whether the object is there. The same requests properly sig
 otherwise a refusal proves nothing.
 
     holes.py --binary PATH              a server of its own on loopback, thrown away afterwards
-    holes.py --url URL [--ca FILE]      a running server; ODSP_HOLES_ACCESS_KEY, _SECRET_KEY, _BUCKET
+    holes.py --url URL [--ca FILE]      a running server; the account comes from
+                                        ODSP_HOLES_ACCESS_KEY, _SECRET_KEY and _BUCKET
 
 One line per try; the exit status is 1 if any went the wrong way.
 """
@@ -33,7 +34,7 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,11 +108,9 @@ class Store:
         text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{self.scope(when)}\n{digest}"
         return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
-    def signed(
-        self, request: Request, secret: str | None = None, age: float = 0.0
-    ) -> Request:
+    def signed(self, request: Request, secret: str | None = None, age: float = 0.0) -> Request:
         """Return the request with an Authorization header."""
-        when = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=age)
+        when = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
         headers = request.headers | {
             "Host": urllib.parse.urlsplit(self.url).netloc,
             "X-Amz-Date": f"{when:%Y%m%dT%H%M%SZ}",
@@ -141,7 +140,7 @@ class Store:
         self, request: Request, secret: str | None = None, payload: str | None = None
     ) -> Request:
         """Return the request with its credential and signature in the query string."""
-        when = datetime.datetime.now(datetime.timezone.utc)
+        when = datetime.datetime.now(datetime.UTC)
         lower = {name.lower(): value for name, value in request.headers.items()}
         lower["host"] = urllib.parse.urlsplit(self.url).netloc
         names = sorted(lower)
@@ -171,7 +170,7 @@ class Store:
 
     def credential_only(self, request: Request) -> Request:
         """Return the request with a credential in the query string and nothing that proves it."""
-        when = datetime.datetime.now(datetime.timezone.utc)
+        when = datetime.datetime.now(datetime.UTC)
         query = request.query | {"X-Amz-Credential": f"{self.access_key}/{self.scope(when)}"}
         return Request(
             request.method,
@@ -294,7 +293,7 @@ class Trial:
         answer = store.send(ready(request))
         listed = store.send(store.signed(Request("GET", path, upload)))
         stored = b"<PartNumber>" in listed.body
-        good = (answer.status == 200 and stored) if allowed else (answer.status != 200 and not stored)
+        good = stored == allowed and (answer.status == 200) == allowed
         verb = "allow" if allowed else "refuse"
         effect = "part stored" if stored else "no part"
         self.note(good, f"{verb} {name}: {answer.status}, {effect}")
@@ -304,13 +303,21 @@ class Trial:
         """Do everything; True if nothing went the wrong way."""
         store, data, wrong = self.store, b"written by a stranger", "not-the-secret"
         number = 0
-        for kind, make in (("upload", self.upload), ("snowball", self.snowball)):
-            tries = [
+        kinds: list[tuple[str, Callable[[int, bytes], tuple[Request, str]]]] = [
+            ("upload", self.upload),
+            ("snowball", self.snowball),
+        ]
+        for kind, make in kinds:
+            tries: list[tuple[str, Callable[[Request], Request], bool]] = [
                 ("signed in the header", store.signed, True),
                 ("presigned", store.presigned, True),
                 ("with an access key in the query and no signature", store.credential_only, False),
                 ("presigned with a wrong secret", lambda r: store.presigned(r, wrong), False),
-                ("signed in the header with a wrong secret", lambda r: store.signed(r, wrong), False),
+                (
+                    "signed in the header with a wrong secret",
+                    lambda r: store.signed(r, wrong),
+                    False,
+                ),
                 ("without any credential", store.anonymous, False),
                 ("signed an hour ago", lambda r: store.signed(r, age=3600), False),
                 (
@@ -338,13 +345,18 @@ class Trial:
         return all(good for good, _ in self.verdicts)
 
 
+def free_ports() -> tuple[int, int]:
+    """Return two ports nobody listens on."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1]), int(two.getsockname()[1])
+
+
 @contextlib.contextmanager
 def own_server(binary: Path) -> Iterator[Store]:
     """Run a server of our own on loopback and give it a bucket."""
-    with socket.socket() as free, socket.socket() as console:
-        free.bind(("127.0.0.1", 0))
-        console.bind(("127.0.0.1", 0))
-        port, console_port = free.getsockname()[1], console.getsockname()[1]
+    port, console_port = free_ports()
     user, password = "holes-" + secrets.token_hex(4), secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder:
         env = {

@@ -23,19 +23,20 @@ description:
 options:
   binary: {description: Path or URL of the binary; empty builds it., type: str, default: ""}
   sha256: {description: SHA-256 the binary must have., type: str, default: ""}
-  build_program: {description: Program that builds the binary and prints its path., type: path, required: true}
+  build_program: {description: Program that builds it., type: path, required: true}
+  host: {description: Host the binary is for; named in messages., type: str, required: true}
   machine: {description: Architecture of the host as uname names it., type: str, default: x86_64}
 author: [ODSP]
 """
 
 EXAMPLES = r"""
 - name: Have the binary
-  minio_binary: {build_program: /srv/odsp/roles/minio/files/build/build.py}
+  minio_binary: {host: core-1, build_program: /srv/odsp/roles/minio/files/build/build.py}
   delegate_to: localhost
 """
 
 RETURN = r"""
-path: {description: The binary on the controller; its name is always minio., type: str, returned: always}
+path: {description: The binary on the controller, always called minio., type: str, returned: always}
 sha256: {description: Its digest., type: str, returned: always}
 """
 
@@ -73,20 +74,21 @@ def check(path: Path, sha256: str, source: str) -> None:
 
 def given(binary: str, sha256: str) -> Path:
     """Return a cached, proven copy of the binary the operator brings."""
-    home = cache_root() / f"given-{sha256}"
-    target = home / "minio"
+    root = cache_root()
+    target = root / f"given-{sha256}" / "minio"
     if target.exists() and digest_of(target) == sha256:
         return target
-    home.mkdir(parents=True, exist_ok=True)
-    part = home / f"part-{os.getpid()}"
+    root.mkdir(parents=True, exist_ok=True)
+    part = root / f"part-{os.getpid()}"
     try:
         if "://" in binary:
-            with urllib.request.urlopen(binary, timeout=60) as answer, part.open("wb") as file:  # noqa: S310
+            with urllib.request.urlopen(binary, timeout=60) as answer, part.open("wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)
         else:
             shutil.copyfile(Path(binary).expanduser(), part)
         check(part, sha256, binary)
         part.chmod(0o755)
+        target.parent.mkdir(exist_ok=True)
         part.replace(target)
     except (OSError, ValueError, urllib.error.URLError) as problem:
         raise BinaryError(f"minio_binary {binary} cannot be read: {problem}") from problem
@@ -112,7 +114,7 @@ def check_machine(path: Path, machine: str) -> None:
     with path.open("rb") as file:
         head = file.read(20)
     if head[:4] != b"\x7fELF" or int.from_bytes(head[18:20], "little") != MACHINES[machine][0]:
-        raise BinaryError(f"minio_binary is not a Linux program for {machine}: give the right one")
+        raise BinaryError(f"minio_binary is no Linux program for {machine}: give one that is")
 
 
 def main() -> None:
@@ -122,6 +124,7 @@ def main() -> None:
             "binary": {"type": "str", "default": ""},
             "sha256": {"type": "str", "default": ""},
             "build_program": {"type": "path", "required": True},
+            "host": {"type": "str", "required": True},
             "machine": {"type": "str", "default": "x86_64"},
         },
         supports_check_mode=True,
@@ -137,7 +140,7 @@ def main() -> None:
         check_machine(path, params["machine"])
         module.exit_json(changed=False, path=str(path), sha256=digest_of(path))
     except BinaryError as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=f"{params['host']}: {problem}.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 try:
     import urllib3
     from minio import Minio, MinioAdmin
-    from minio.credentials import StaticProvider
+    from minio.credentials.providers import StaticProvider
     from minio.error import MinioAdminException, S3Error
 
     MISSING = ""
@@ -32,7 +32,7 @@ description:
 options:
   address: {description: Address the server listens on., type: str, required: true}
   port: {description: Port of the S3 interface., type: int, required: true}
-  server_name: {description: Name that the server's certificate must bear., type: str, required: true}
+  server_name: {description: Name the server's certificate must bear., type: str, required: true}
   ca: {description: PEM file of the authority that signed it., type: path, required: true}
   root_user: {description: Name of the root user., type: str, required: true}
   root_password: {description: Its password., type: str, required: true}
@@ -45,7 +45,7 @@ options:
     suboptions:
       name: {description: Access key., type: str, required: true}
       secret_key: {description: Secret key., type: str, required: true}
-      buckets: {description: Buckets it may read and write., type: list, elements: str, required: true}
+      buckets: {description: Its buckets., type: list, elements: str, required: true}
   timeout: {description: Seconds to wait for the server., type: int, default: 60}
 author: [ODSP]
 """

@@ -25,7 +25,7 @@ options:
   requirements: {description: Text of the lock; every line with hashes., type: str, required: true}
   wheels: {description: Wheels on the host to install without dependencies., type: list, elements: path, default: []}
   root: {description: Directory of all environments., type: path, default: /opt/odsp}
-  uv: {description: Path of uv on the host., type: path, required: true}
+  uv: {description: Path of uv on the host., type: path, default: /opt/odsp/uv/current/uv}
   python: {description: Interpreter to build on., type: path, default: /usr/bin/python3}
 author: [ODSP]
 """
@@ -35,7 +35,6 @@ EXAMPLES = r"""
   virtual_environment:
     name: mlflow
     requirements: "{{ lookup('file', 'requirements.txt') }}"
-    uv: /opt/odsp/uv/0.13.8/uv
 """
 
 RETURN = r"""
@@ -91,7 +90,7 @@ def main() -> None:
             "requirements": {"type": "str", "required": True},
             "wheels": {"type": "list", "elements": "path", "default": []},
             "root": {"type": "path", "default": "/opt/odsp"},
-            "uv": {"type": "path", "required": True},
+            "uv": {"type": "path", "default": "/opt/odsp/uv/current/uv"},
             "python": {"type": "path", "default": "/usr/bin/python3"},
         },
         supports_check_mode=True,
@@ -100,6 +99,8 @@ def main() -> None:
     os.environ["UV_CACHE_DIR"] = "/var/cache/odsp/uv"
     if not os.environ.get("UV_DEFAULT_INDEX"):
         os.environ.pop("UV_DEFAULT_INDEX", None)
+    if module.check_mode and not all(map(os.path.exists, module.params["wheels"])):
+        module.exit_json(changed=True, path="", digest="")  # a first dry run: the wheel is not there
     digest = digest_of(module.params["requirements"], module.params["wheels"])
     home = Path(module.params["root"]) / module.params["name"]
     path, link = home / digest, home / "current"

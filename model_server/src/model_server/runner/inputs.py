@@ -43,31 +43,27 @@ def _refuse_what_has_no_shape(data: list[Any]) -> None:
     if not data:
         raise InputError("data holds no row.")
     first = data[0]
-    if isinstance(first, dict):
-        for number, row in enumerate(data, 1):
-            if not isinstance(row, dict):
-                raise InputError(f"Row {number} of data is no record, but row 1 is one.")
-            if row.keys() != first.keys():
-                names = ", ".join(sorted(map(repr, row.keys() ^ first.keys())))
-                raise InputError(
-                    f"Row {number} of data has not the columns of row 1: they differ in {names}."
-                )
-        if not first:
-            raise InputError("The rows of data have no column.")
-    elif isinstance(first, list):
-        for number, row in enumerate(data, 1):
-            if not isinstance(row, list):
-                raise InputError(f"Row {number} of data is no list, but row 1 is one.")
-            if len(row) != len(first):
-                raise InputError(
-                    f"Row {number} of data has {len(row)} values, but row 1 has {len(first)}."
-                )
-        if not first:
-            raise InputError("The rows of data hold no value.")
-    else:
-        for number, row in enumerate(data, 1):
-            if isinstance(row, list | dict):
-                raise InputError(f"Row {number} of data is no single value, but row 1 is one.")
+    kind = _kind(first)
+    if kind != "value" and not first:
+        raise InputError("The rows of data hold no value.")
+    for number, row in enumerate(data, 1):
+        if _kind(row) != kind:
+            raise InputError(f"Row {number} of data is a {_kind(row)}, but row 1 is a {kind}.")
+        if kind == "list" and len(row) != len(first):
+            raise InputError(
+                f"Row {number} of data has {len(row)} values, but row 1 has {len(first)}."
+            )
+        if kind == "record" and row.keys() != first.keys():
+            names = ", ".join(sorted(map(repr, row.keys() ^ first.keys())))
+            raise InputError(
+                f"Row {number} of data has not the columns of row 1: they differ in {names}."
+            )
+
+
+def _kind(row: Any) -> str:
+    if isinstance(row, dict):
+        return "record"
+    return "list" if isinstance(row, list) else "value"
 
 
 def _numpy_type(dtype: str | None) -> Any:

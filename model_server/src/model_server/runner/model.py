@@ -59,34 +59,31 @@ class PyfuncModel(Model):
         signature = self._model.metadata.signature
         self._schema = signature.inputs if signature else None
         self._takes_params = bool(signature and signature.params)
-        self._takes_lists = bool(
-            getattr(self._model.metadata, "_is_signature_from_type_hint", False)
-        )
+        # A model with type hints takes the rows as they are.
+        self._takes_lists = bool(getattr(signature, "_is_signature_from_type_hint", False))
 
     def ask(
         self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
     ) -> Any:
         """Call `predict` with the signature enforced, or the model's own `predict_proba`."""
-        rows = data if self._takes_lists else self._rows(data, dtype)
+        columns = None
+        if self._schema is not None and not self._schema.is_tensor_spec():
+            columns = _columns(self._schema) if self._schema.has_input_names() else None
+        rows = data if self._takes_lists else self._rows(data, dtype, columns)
         if function == "predict_proba":
-            return _probabilities(self._own_model(), rows, params)
+            return _probabilities(self._own_model(), rows, columns, params)
         if not params:
             return self._model.predict(rows)
         if not self._takes_params:
             raise InputError("This model takes no params; its signature names none.")
         return self._model.predict(rows, params=params)
 
-    def _rows(self, data: list[Any], dtype: str | None) -> Any:
-        if self._schema is None:
-            return model_input(data, dtype=dtype)
-        if self._schema.is_tensor_spec():
+    def _rows(self, data: list[Any], dtype: str | None, columns: list[Column] | None) -> Any:
+        tensor_type = None
+        if self._schema is not None and self._schema.is_tensor_spec():
             specs = self._schema.inputs
             tensor_type = specs[0].type if len(specs) == 1 else None
-            return model_input(data, dtype=dtype, tensor_type=tensor_type)
-        columns = None
-        if self._schema.has_input_names():
-            columns = _columns(self._schema)
-        return model_input(data, dtype=dtype, columns=columns)
+        return model_input(data, dtype=dtype, columns=columns, tensor_type=tensor_type)
 
     def _own_model(self) -> Any:
         """The model inside MLflow's wrapper, where the wrapper gives it away."""
@@ -116,9 +113,7 @@ class SklearnModel(Model):
         types = {column.name: column.type for column in typed}
         names = getattr(self._model, "feature_names_in_", None)
         self._columns = (
-            None
-            if names is None
-            else [Column(str(name), types.get(str(name))) for name in names]
+            None if names is None else [Column(str(name), types.get(str(name))) for name in names]
         )
 
     def ask(
@@ -126,19 +121,13 @@ class SklearnModel(Model):
     ) -> Any:
         """Call the estimator's own function."""
         rows = model_input(data, dtype=dtype, columns=self._columns)
-        if self._columns and isinstance(data[0], dict):
-            names = [column.name for column in self._columns]
-            missing = [name for name in names if name not in rows.columns]
-            if missing:
-                raise InputError(f"The rows of data lack the columns {', '.join(missing)}.")
-            rows = rows[names]
         if function == "predict_proba":
-            return _probabilities(self._model, rows, params)
+            return _probabilities(self._model, rows, self._columns, params)
         if params:
             raise InputError("params are for the flavor pyfunc; sklearn takes none.")
         if not hasattr(self._model, "predict"):
             raise InputError(f"This model, a {type(self._model).__name__}, has no predict.")
-        return self._model.predict(rows)
+        return self._model.predict(_in_order(rows, self._columns))
 
 
 FLAVORS: dict[str, type[PyfuncModel] | type[SklearnModel]] = {
@@ -159,12 +148,25 @@ def _columns(schema: Any) -> list[Column]:
     return [Column(str(spec.name), getattr(spec.type, "name", None)) for spec in schema.inputs]
 
 
-def _probabilities(model: Any, rows: Any, params: dict[str, Any] | None) -> Any:
+def _in_order(rows: Any, columns: list[Column] | None) -> Any:
+    """A data frame with the columns that the model was trained on, in their order."""
+    if not columns or not hasattr(rows, "columns"):
+        return rows
+    names = [column.name for column in columns]
+    missing = [name for name in names if name not in rows.columns]
+    if missing:
+        raise InputError(f"The rows of data lack the columns {', '.join(missing)}.")
+    return rows[names]
+
+
+def _probabilities(
+    model: Any, rows: Any, columns: list[Column] | None, params: dict[str, Any] | None
+) -> Any:
     if params:
         raise InputError("params are for predict; predict_proba takes none.")
     if not hasattr(model, "predict_proba"):
         raise InputError("This model has no predict_proba; use predict.")
-    return model.predict_proba(rows)
+    return model.predict_proba(_in_order(rows, columns))
 
 
 def _sentence(error: Exception) -> str:

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from .model import Model, ModelError, load_model
 
 _BACKLOG = 1024
 _WATCH_SECONDS = 1.0
-_LAST_WORDS_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 5.0
+_PAUSE_SECONDS = 0.01
 
 
 @dataclass
@@ -27,6 +30,10 @@ class _Job:
     body: bytes
     answer: bytes = b""
     done: threading.Event = field(default_factory=threading.Event)
+
+    def finish(self, answer: bytes) -> None:
+        self.answer = answer
+        self.done.set()
 
 
 class RunnerProcess:
@@ -37,6 +44,8 @@ class RunnerProcess:
         self._loaded = threading.Event()
         self._problem_told = threading.Event()
         self._problem: str | None = None
+        self._replies = 0
+        self._counting = threading.Lock()
         address.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -57,9 +66,20 @@ class RunnerProcess:
             return 1
         self._loaded.set()
         while (job := self._jobs.get()) is not None:
-            job.answer = _answer(model, job.body)
-            job.done.set()
+            job.finish(_answer(model, job.body))
+        self._finish(model)
         return 0
+
+    def _finish(self, model: Model) -> None:
+        """Answer what was asked before the socket's name went away, and let it be sent."""
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        while self._replies and time.monotonic() < deadline:
+            try:
+                job = self._jobs.get(timeout=_PAUSE_SECONDS)
+            except queue.Empty:
+                continue
+            if job is not None:
+                job.finish(_answer(model, job.body))
 
     def _accept(self) -> None:
         while True:
@@ -71,11 +91,22 @@ class RunnerProcess:
             while True:
                 try:
                     kind, content = wire.receive(connection)
-                    connection.sendall(self._reply(kind, content))
+                    with self._replying():
+                        connection.sendall(self._reply(kind, content))
                 except (EOFError, ConnectionError):
                     return
                 if self._problem is not None:
                     self._problem_told.set()
+
+    @contextmanager
+    def _replying(self) -> Iterator[None]:
+        with self._counting:
+            self._replies += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._replies -= 1
 
     def _reply(self, kind: bytes, content: bytes) -> bytes:
         if kind == wire.STOP:

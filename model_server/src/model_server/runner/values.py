@@ -6,7 +6,7 @@ NaN and no infinity: both become null, as does every missing value.
 
 import base64
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
 import json
@@ -59,9 +59,9 @@ def _less_plain(value: Any) -> Any:
         known, converted = convert(value)
         if known:
             return converted
-    if isinstance(value, datetime.date | datetime.time):
+    if isinstance(value, dt.date | dt.time):
         return value.isoformat()
-    if isinstance(value, datetime.timedelta):
+    if isinstance(value, dt.timedelta):
         return value.total_seconds()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {

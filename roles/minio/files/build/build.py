@@ -185,7 +185,7 @@ def install_go(root: Path) -> Path:
         if uv:
             command = [uv, "pip", "install", "--link-mode", "copy", "--python", sys.executable]
         else:
-            command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-warn-script-location"]
+            command = [sys.executable, "-m", "pip", "install", "--no-warn-script-location"]
         command += ["--require-hashes", "--target", str(target), "-r", lock]
         run(
             command,
@@ -324,8 +324,10 @@ def build(root: Path, go: Path, goarch: str, binary: Path) -> None:
 
     say(f"compiling, {seconds()} so far")
     run(
-        [str(go), "build", "-v", "-p", str(os.cpu_count() or 2), *BUILD_FLAGS]
-        + ["-o", str(work / "minio"), MODULE],
+        [
+            *[str(go), "build", "-v", "-p", str(os.cpu_count() or 2), *BUILD_FLAGS],
+            *["-o", str(work / "minio"), MODULE],
+        ],
         cwd=work,
         env=env,
         on_line=count_package,
@@ -335,8 +337,8 @@ def build(root: Path, go: Path, goarch: str, binary: Path) -> None:
         told = run([str(work / "minio"), "--version"], cwd=work, env=dict(os.environ))
         if RELEASE not in told:
             raise BuildError(f"the new binary calls itself '{told.splitlines()[0]}'")
-    with (work / "minio").open("rb") as file:
-        os.fsync(file.fileno())
+    with (work / "minio").open("rb") as built:
+        os.fsync(built.fileno())
     binary.parent.mkdir(exist_ok=True)
     (work / "minio").replace(binary)
     shutil.rmtree(work, ignore_errors=True)

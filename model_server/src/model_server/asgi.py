@@ -1,0 +1,15 @@
+"""The application for an ASGI server: `gunicorn -k uvicorn_worker.UvicornWorker ...`."""
+
+import sys
+
+from model_server.app import create_app
+from model_server.log import configure_logging
+from model_server.settings import InvalidSettingsError, read_settings
+
+configure_logging()
+try:
+    app = create_app(read_settings())
+except InvalidSettingsError as error:
+    sys.stderr.write(f"The model server cannot start: {error}\n")
+    # Gunicorn takes this status for "do not try again".
+    raise SystemExit(3) from None

@@ -1,0 +1,304 @@
+"""The platform on this machine: up, down, status, verify and a shell on a host.
+
+Drives the playbooks a real site runs by hand, phase by phase, with one line of progress; the full
+output of each phase is kept in .odsp/log/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = Path(os.environ.get("ODSP_STATE_DIR") or ROOT / ".odsp")
+LOCAL = ROOT / "inventories/local"
+#: Seconds after which a phase without news says what it is doing.
+HEARTBEAT_S = 10
+BIN = Path(sys.executable).parent
+
+
+class PhaseFailedError(Exception):
+    """A phase ended with an error; the message says where to look."""
+
+
+def say(text: str = "") -> None:
+    """Print one line at once."""
+    print(text, flush=True)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Announce a phase and the seconds it took."""
+    started = time.monotonic()
+    say(f"== {name}")
+    try:
+        yield
+    finally:
+        say(f"   {name}: {time.monotonic() - started:.0f} s")
+
+
+def run(log_name: str, command: list[str]) -> str:
+    """Run a program of a phase, show its progress and return its output.
+
+    Shows each play, and the current task every HEARTBEAT_S seconds. Raises PhaseFailedError.
+    """
+    log = STATE / "log" / f"{log_name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    current, spoke, started = "", time.monotonic(), time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    done = threading.Event()
+
+    def heartbeat() -> None:
+        nonlocal spoke
+        while not done.wait(1):
+            if time.monotonic() - spoke >= HEARTBEAT_S and current:
+                spoke = time.monotonic()
+                say(f"   {spoke - started:4.0f} s  {current}")
+
+    threading.Thread(target=heartbeat, daemon=True).start()
+    with log.open("w") as file:
+        for line in process.stdout:
+            file.write(line)
+            lines.append(line)
+            if found := re.match(r"(PLAY|TASK) \[(.*?)\] \**$", line):
+                current = found[2]
+                if found[1] == "PLAY":
+                    spoke = time.monotonic()
+                    say(f"   {spoke - started:4.0f} s  {current}")
+    code = process.wait()
+    done.set()
+    output = "".join(lines)
+    if code:
+        say(failure(lines))
+        raise PhaseFailedError(f"{log_name} failed; everything it said is in {log}")
+    return output
+
+
+def failure(lines: list[str]) -> str:
+    """Return what a playbook said from its first error on, without the recap."""
+    text = "".join(lines)
+    start = min((i for i in (text.find("[ERROR]"), text.find("fatal:")) if i >= 0), default=-1)
+    tail = text[start:] if start >= 0 else "".join(lines[-30:])
+    return tail.split("PLAY RECAP")[0][-6000:].rstrip()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the playbooks: this checkout's configuration, plain output."""
+    return {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ODSP_STATE_DIR": str(STATE),
+        "CONTAINERS_CONF": str(STATE / "containers.conf"),
+        "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin",
+    }
+
+
+def playbook(name: str, *arguments: str) -> int:
+    """Run a playbook as a phase of its own; return how many changes it made."""
+    output = run(Path(name).stem, [str(BIN / "ansible-playbook"), name, *arguments])
+    return sum(int(n) for n in re.findall(r"\bchanged=(\d+)", output))
+
+
+def settings() -> dict[str, Any]:
+    """Return the plain variables of the local inventory and its secrets."""
+    result: dict[str, Any] = {}
+    for file in sorted((LOCAL / "group_vars/all").glob("*.yml")):
+        result.update(yaml.safe_load(file.read_text()) or {})
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Return what playbooks/local/create.yml wrote down; empty before the first `make up`."""
+    file = STATE / "machine.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def as_root(*command: str) -> list[str]:
+    """Return the command, through sudo unless we are root."""
+    return list(command) if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF", *command]
+
+
+def start_build() -> subprocess.Popen[str]:
+    """Begin the build of MinIO beside everything else; a finished one answers at once."""
+    return subprocess.Popen(
+        ["nice", sys.executable, str(ROOT / "roles/minio/files/build/build.py")],
+        cwd=ROOT, env=environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def write_credentials() -> str:
+    """Write what users of the door need beside the state, mode 0600; return the first user's name."""
+    values = settings()
+    user: str = values["odsp_users"][0]["name"]
+    password = values["vault_user_passwords"][user]
+    for name, text in {
+        "password": password + "\n",
+        "netrc": f"machine 127.0.0.1 login {user} password {password}\n",
+        "ca.crt": values["vault_ca_certificate"],
+    }.items():
+        with open(STATE / name, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
+    return user
+
+
+def up(_: argparse.Namespace) -> None:
+    """Bring the platform up from any state, and prove it."""
+    STATE.mkdir(mode=0o700, exist_ok=True)
+    started = time.monotonic()
+    changes = 0
+    with (STATE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PhaseFailedError("another `make up` is at work in this checkout") from None
+        build = None if settings().get("minio_binary") else start_build()
+        try:
+            with phase("hosts: bare Debian systems in containers"):
+                subprocess.run(
+                    as_root(sys.executable, str(ROOT / "playbooks/local/image.py"), settings()["local_debian_release"]),
+                    check=True, env=environment(), stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+                )  # fmt: skip
+                changes += playbook("playbooks/local/create.yml")
+            with phase("secrets"):
+                changes += playbook("playbooks/ops/generate_secrets.yml")
+                user = write_credentials()
+            with phase("platform: ansible-playbook site.yml"):
+                changes += playbook("site.yml")
+            with phase("proof: ansible-playbook playbooks/verify.yml"):
+                show_links(run("verify", [str(BIN / "ansible-playbook"), "playbooks/verify.yml"]))
+        finally:
+            if build and build.poll() is None:
+                build.terminate()
+                build.wait()
+    try:
+        state = STATE.relative_to(Path.cwd())
+    except ValueError:
+        state = STATE
+    port = machine()["door_port"]
+    say(f"""
+The platform is up: changed={changes}, {time.monotonic() - started:.0f} s.
+
+  URL       https://127.0.0.1:{port}/
+  user      {user}
+  password  in {state}/password
+  CA        {state}/ca.crt (let your browser and clients trust it)
+
+  curl --cacert {state}/ca.crt --netrc-file {state}/netrc https://127.0.0.1:{port}/inference/loaded_models
+""")
+
+
+def show_links(output: str) -> None:
+    """Print the proof's lines, one per link."""
+    verdict = STATE / "verdict.json"
+    if not verdict.exists():
+        say(output[-3000:])
+        return
+    for link in json.loads(verdict.read_text())["links"]:
+        say(f"   {'ok  ' if link['ok'] else 'FAIL'} {link['ms']:7.0f} ms  {link['name']}")
+
+
+def verify(_: argparse.Namespace) -> None:
+    """Walk the data's way and print one line per link."""
+    with phase("proof: ansible-playbook playbooks/verify.yml"):
+        show_links(run("verify", [str(BIN / "ansible-playbook"), "playbooks/verify.yml"]))
+
+
+def hosts(_: argparse.Namespace) -> None:
+    """Create or start the containers of the inventory, nothing else."""
+    with phase("hosts: bare Debian systems in containers"):
+        STATE.mkdir(mode=0o700, exist_ok=True)
+        playbook("playbooks/local/create.yml")
+
+
+def down(_: argparse.Namespace) -> None:
+    """Remove the containers, their network and this checkout's state; secrets and caches stay."""
+    with phase("down"):
+        if shutil.which("podman", path=environment()["PATH"]) and STATE.exists():
+            playbook("playbooks/local/destroy.yml")
+
+
+def status(_: argparse.Namespace) -> None:
+    """Print every host with its state and the state of each unit."""
+    known = machine()
+    if not known:
+        say("No platform here yet: `make up` makes one.")
+        return
+    for host, address in known["hosts"].items():
+        name = f"{known['platform']}-{host}"
+        state = subprocess.run(
+            as_root("podman", "container", "inspect", "--format", "{{.State.Status}}", name),
+            env=environment(), capture_output=True, text=True, check=False,
+        ).stdout.strip() or "missing"  # fmt: skip
+        say(f"{host:<14} {address:<15} {state}")
+        if state != "running":
+            continue
+        units = subprocess.run(
+            as_root("podman", "exec", name, "systemctl", "list-units", "--all", "--plain", "--no-legend", "odsp-*.service"),
+            env=environment(), capture_output=True, text=True, check=False,
+        ).stdout  # fmt: skip
+        for line in units.splitlines():
+            unit, _load, active, sub = line.split()[:4]
+            say(f"    {unit:<32} {active} ({sub})")
+    say(f"door: https://127.0.0.1:{known['door_port']}/")
+
+
+def shell(arguments: argparse.Namespace) -> None:
+    """Open a shell on a host by SSH."""
+    known = machine().get("hosts", {})
+    if arguments.host not in known:
+        raise PhaseFailedError(
+            f"no host {arguments.host!r}: HOST is one of {', '.join(known) or '(none; run `make up`)'}"
+        )
+    user = settings()["ansible_user"]
+    os.execvp(
+        "ssh",
+        ["ssh", "-i", str(STATE / "ssh/id_ed25519"), "-o", f"UserKnownHostsFile={STATE}/ssh/known_hosts",
+         "-o", "IdentitiesOnly=yes", f"{user}@{known[arguments.host]}"],
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Entry point: one command a run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    actions: tuple[Callable[[argparse.Namespace], None], ...] = (up, down, hosts, status, verify)
+    for action in actions:
+        command = commands.add_parser(action.__name__, help=(action.__doc__ or "").splitlines()[0])
+        command.set_defaults(action=action)
+    command = commands.add_parser("shell", help="open a shell on a host by SSH")
+    command.add_argument("host", nargs="?", default="")
+    command.set_defaults(action=shell)
+    arguments = parser.parse_args()
+    try:
+        arguments.action(arguments)
+    except (PhaseFailedError, subprocess.CalledProcessError) as error:
+        say(f"\n{error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\ninterrupted; `make up` goes on from here")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
