@@ -251,6 +251,7 @@ class Server:
                 policy=policy,
             )
         else:
+            # Always with the policy: without it the account would inherit all of root's rights.
             self.admin.update_service_account(
                 access_key=name, secret_key=secret, policy=policy, status="on"
             )

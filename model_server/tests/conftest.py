@@ -1,0 +1,142 @@
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from registry_server import RegistryServer
+
+from model_server.settings import Settings
+
+# An environment that is the test run's own, so that real runners start without an index.
+_UV = """#!/bin/sh
+echo "$@" >> "{log}"
+env > "{log}.env"
+case "$2" in
+  venv)
+    mkdir bin
+    printf '#!/bin/sh\\nexec "{python}" "$@"\\n' > bin/python
+    chmod 755 bin/python ;;
+  pip)
+    if grep -q no-such-package requirements.txt; then
+      echo "  x No solution found: no-such-package was not found at $UV_DEFAULT_INDEX" >&2
+      exit 1
+    fi
+    if grep -q far-away requirements.txt; then
+      echo "error: Failed to fetch: far-away" >&2
+      exit 2
+    fi
+    if grep -q slow-package requirements.txt; then sleep 30; fi ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class TrainedModels:
+    """Models as MLflow saves them, and what they answer."""
+
+    folder: Path
+    rows: list[list[float]]
+    columns: list[str]
+    predictions: dict[str, list[Any]]
+    probabilities: dict[str, list[list[float]]]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModels:
+    """An iris classifier on named columns, a tree on arrays, a regression and a fragile model."""
+    folder = tmp_path_factory.mktemp("models")
+    # What training and MLflow warn of is theirs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mlflow.models
+        import mlflow.pyfunc
+        import mlflow.sklearn
+        from sklearn.datasets import load_iris
+        from sklearn.linear_model import LinearRegression, LogisticRegression
+        from sklearn.tree import DecisionTreeClassifier
+
+        frame, target = load_iris(return_X_y=True, as_frame=True)
+        array = frame.to_numpy()
+        models = {
+            "logistic": LogisticRegression(max_iter=500).fit(frame, target.map("abc".__getitem__)),
+            "tree": DecisionTreeClassifier(random_state=0).fit(array, target),
+            "linear": LinearRegression().fit(array, target),
+        }
+        for name, model in models.items():
+            signature = (
+                mlflow.models.infer_signature(frame, model.predict(frame))
+                if name == "logistic"
+                else None
+            )
+            mlflow.sklearn.save_model(
+                model,
+                folder / name,
+                signature=signature,
+                serialization_format="cloudpickle",
+                pip_requirements=["mlflow", "scikit-learn"],
+            )
+        mlflow.pyfunc.save_model(
+            folder / "fragile",
+            python_model=str(Path(__file__).parent / "models" / "fragile.py"),
+            pip_requirements=["mlflow"],
+        )
+        sample = frame.iloc[[0, 60, 120]]
+        inputs = {"logistic": sample, "tree": sample.to_numpy(), "linear": sample.to_numpy()}
+        return TrainedModels(
+            folder=folder,
+            rows=sample.to_numpy().tolist(),
+            columns=list(frame.columns),
+            predictions={
+                name: model.predict(inputs[name]).tolist() for name, model in models.items()
+            },
+            probabilities={
+                name: models[name].predict_proba(inputs[name]).tolist()
+                for name in ("logistic", "tree")
+            },
+        )
+
+
+@pytest.fixture
+def registry_server() -> Iterator[RegistryServer]:
+    server = RegistryServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def stocked(registry_server: RegistryServer, trained: TrainedModels) -> RegistryServer:
+    """A registry with two versions of one model, a regression and a fragile model."""
+    registry_server.versions = {
+        ("iris & co.", 1): trained.folder / "logistic",
+        ("iris & co.", 2): trained.folder / "tree",
+        ("linear", 1): trained.folder / "linear",
+        ("fragile", 1): trained.folder / "fragile",
+    }
+    registry_server.aliases = {("iris & co.", "champion"): 1}
+    return registry_server
+
+
+@pytest.fixture
+def uv_log(tmp_path: Path) -> Path:
+    return tmp_path / "uv.log"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, registry_server: RegistryServer, uv_log: Path) -> Settings:
+    uv = tmp_path / "uv"
+    uv.write_text(_UV.format(log=uv_log, python=sys.executable))
+    uv.chmod(0o755)
+    uv_log.touch()
+    return Settings(
+        state_dir=tmp_path / "state",
+        # pytest's own folders can be too long for a socket.
+        runtime_dir=tmp_path / "r",
+        uv=str(uv),
+        tracking_uri=registry_server.url,
+        load_timeout_seconds=60,
+        predict_timeout_seconds=20,
+        stop_timeout_seconds=2,
+    )

@@ -1,0 +1,158 @@
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from model_server.environments import Environments
+from model_server.errors import (
+    DeadlineExceededError,
+    IndexUnavailableError,
+    ModelNotLoadableError,
+)
+from model_server.settings import Settings
+
+
+def _model(tmp_path: Path, requirements: str, constraints: str | None = None) -> Path:
+    folder = tmp_path / f"model {abs(hash((requirements, constraints)))}"
+    folder.mkdir(exist_ok=True)
+    (folder / "requirements.txt").write_text(requirements)
+    if constraints is not None:
+        (folder / "constraints.txt").write_text(constraints)
+    return folder
+
+
+def _python(settings: Settings, model: Path, seconds: float = 30) -> Path:
+    return Environments(settings).python_for(model, time.monotonic() + seconds)
+
+
+def _builds(uv_log: Path) -> int:
+    return uv_log.read_text().count(" venv ")
+
+
+def test_an_environment_is_built_once_for_equal_requirements(
+    settings: Settings, tmp_path: Path, uv_log: Path
+) -> None:
+    first = _model(tmp_path, "mlflow==3.17.2\nscikit-learn==1.9.1 # the newest\n\n# more\n")
+    second = _model(tmp_path, "mlflow==3.17.2\r\nscikit-learn ==1.9.1\n")
+    python = _python(settings, first)
+    assert python == _python(settings, second)
+    assert _builds(uv_log) == 1
+    answer = subprocess.run([python, "-c", "print(7)"], check=True, capture_output=True)
+    assert answer.stdout == b"7\n"
+    assert (python.parents[1] / "requirements.txt").read_text() == (
+        "mlflow==3.17.2\nscikit-learn==1.9.1\n"
+    )
+
+
+def test_other_requirements_or_constraints_are_another_environment(
+    settings: Settings, tmp_path: Path, uv_log: Path
+) -> None:
+    models = [
+        _model(tmp_path, "numpy==1.26.4"),
+        _model(tmp_path, "numpy==2.4.6"),
+        _model(tmp_path, "numpy==2.4.6\n-c constraints.txt", "scipy<2"),
+    ]
+    assert len({_python(settings, model) for model in models}) == 3
+    assert "--constraints constraints.txt" in uv_log.read_text()
+
+
+def test_workers_that_ask_at_once_build_once(
+    settings: Settings, tmp_path: Path, uv_log: Path
+) -> None:
+    model = _model(tmp_path, "numpy")
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(lambda _: _python(settings, model), range(8)))
+    assert len(found) == 1
+    assert _builds(uv_log) == 1
+
+
+def test_uv_gets_no_secret(
+    settings: Settings, tmp_path: Path, uv_log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_SERVER_DATABASE_URL", "hidden")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden")
+    monkeypatch.setenv("SSL_CERT_FILE", "/some/ca.crt")
+    _python(settings, _model(tmp_path, "numpy"))
+    environment = uv_log.with_name("uv.log.env").read_text()
+    assert "hidden" not in environment
+    assert "SSL_CERT_FILE=/some/ca.crt" in environment
+    assert f"UV_CACHE_DIR={settings.state_dir}/cache/uv" in environment
+    assert "--no-build" in uv_log.read_text()
+
+
+def test_source_builds_can_be_allowed(settings: Settings, tmp_path: Path, uv_log: Path) -> None:
+    allowed = settings.model_copy(update={"allow_source_builds": True})
+    _python(allowed, _model(tmp_path, "numpy"))
+    assert "--no-build" not in uv_log.read_text()
+
+
+def test_what_cannot_be_installed_says_why_and_leaves_nothing(
+    settings: Settings, tmp_path: Path
+) -> None:
+    private = Settings(
+        **settings.model_dump() | {"index_url": "https://me:hidden@index.test/simple"}
+    )
+    with pytest.raises(ModelNotLoadableError) as raised:
+        _python(private, _model(tmp_path, "no-such-package==1"))
+    assert "no-such-package was not found at <index>" in str(raised.value)
+    folder = settings.state_dir / "environments"
+    assert [path for path in folder.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_an_index_that_is_away_is_another_error(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(IndexUnavailableError, match="Failed to fetch"):
+        _python(settings, _model(tmp_path, "far-away==1"))
+
+
+def test_a_slow_install_ends(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(DeadlineExceededError, match="could not be installed within"):
+        _python(settings, _model(tmp_path, "slow-package"), seconds=0)
+
+
+def test_what_a_killed_build_left_is_swept(settings: Settings, tmp_path: Path) -> None:
+    model = _model(tmp_path, "numpy")
+    environment = _python(settings, model).parents[1]
+    stale = environment.with_name(f"{environment.name}.partial-abc")
+    environment.rename(stale)
+    assert _python(settings, model).exists()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-r /etc/odsp/model_server.env",
+        "--index-url https://evil.test/simple",
+        "-e .",
+        "./wheel.whl",
+        "/etc/passwd",
+        "git+https://evil.test/x",
+        "evil @ https://evil.test/evil.whl",
+        "evil @ file:///tmp/evil",
+        "-c ../constraints.txt",
+    ],
+)
+def test_only_names_and_versions_are_installed(
+    settings: Settings, tmp_path: Path, uv_log: Path, line: str
+) -> None:
+    for model in (_model(tmp_path, f"numpy\n{line}"), _model(tmp_path, "numpy", line)):
+        with pytest.raises(ModelNotLoadableError) as raised:
+            _python(settings, model)
+        assert repr(line) in str(raised.value)
+    assert uv_log.read_text() == ""
+
+
+def test_a_model_without_requirements_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotLoadableError, match=r"without a requirements\.txt"):
+        _python(settings, tmp_path)
+    (tmp_path / "requirements.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelNotLoadableError, match="is not text"):
+        _python(settings, tmp_path)
+
+
+def test_a_builder_that_cannot_run_is_named(settings: Settings, tmp_path: Path) -> None:
+    Path(settings.uv).chmod(0o644)
+    with pytest.raises(ModelNotLoadableError, match="cannot be run"):
+        _python(settings, _model(tmp_path, "numpy"))

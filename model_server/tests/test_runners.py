@@ -1,0 +1,176 @@
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TrainedModels
+
+from model_server.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelFailedError,
+    ModelNotLoadableError,
+    RunnerEndedError,
+)
+from model_server.runners import Runner, RunnerNotRunningError, serving
+from model_server.settings import Settings
+
+PYTHON = Path(sys.executable)
+
+
+@pytest.fixture
+def runner(settings: Settings) -> Iterator[Runner]:
+    with serving(settings):
+        runner = Runner(settings, "../../etc/passwd", "pyfunc", 1)
+        yield runner
+        runner.stop()
+
+
+def _start(runner: Runner, files: Path, seconds: float = 60) -> int:
+    runner.start(PYTHON, files, time.monotonic() + seconds)
+    process = runner.process_id()
+    assert process is not None
+    return process
+
+
+def _body(*row: float) -> bytes:
+    return json.dumps({"data": [row]}).encode()
+
+
+def _run(use: Callable[[], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        return await use()
+
+    return asyncio.run(run())
+
+
+def _is_gone(process: int) -> bool:
+    for _ in range(100):
+        # Of our own children, the dead wait to be looked at.
+        state = Path(f"/proc/{process}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_one_life_of_a_fragile_model(
+    runner: Runner,
+    settings: Settings,
+    trained: TrainedModels,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A start takes seconds, so one process serves several questions."""
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden")
+    first = _start(runner, trained.folder / "fragile")
+    # Another worker, which knows the name only, finds the same process.
+    other = Runner(settings, "../../etc/passwd", "pyfunc", 1)
+    assert other.process_id() == first
+    assert [path.parent for path in settings.sockets.iterdir()] == 2 * [settings.sockets]
+
+    async def ask_all() -> None:
+        answers = await asyncio.gather(
+            *(worker.predict(_body(n)) for n in range(20) for worker in (runner, other))
+        )
+        doubled = [json.loads(answer)["prediction"]["doubled"] for answer in answers]
+        assert doubled == [[[2 * n]] for n in range(20) for _ in range(2)]
+        answer = json.loads(answers[0])["prediction"]
+        assert answer["not a number"] is None
+        assert "hidden" not in str(answer["environment"])
+        assert answer["environment"]["OMP_NUM_THREADS"] == "1"
+        with pytest.raises(InvalidRequestError, match="data holds no row"):
+            await runner.predict(b'{"data": []}')
+        with pytest.raises(ModelFailedError, match="this number is too much"):
+            await runner.predict(_body(-2))
+        # Whoever was refused or failed spoils it for nobody.
+        assert json.loads(await other.predict(_body(1)))["prediction"]["doubled"] == [[2]]
+        with pytest.raises(RunnerEndedError, match="ended before it answered"):
+            await runner.predict(_body(-9))
+        with pytest.raises(RunnerNotRunningError):
+            await other.predict(_body(1))
+        runner.close()
+
+    asyncio.run(ask_all())
+    assert _is_gone(first)
+    assert runner.process_id() is None
+    assert "RuntimeError: this number is too much" in capfd.readouterr().err
+
+
+def test_stopping_ends_the_process_even_when_it_hangs(
+    runner: Runner, settings: Settings, trained: TrainedModels
+) -> None:
+    process = _start(runner, trained.folder / "fragile")
+    impatient = Runner(
+        settings.model_copy(update={"predict_timeout_seconds": 0.2}), "../../etc/passwd", "pyfunc", 1
+    )
+    with pytest.raises(DeadlineExceededError, match=r"longer than 0\.2 seconds"):
+        _run(lambda: impatient.predict(_body(-1)))
+    assert not _is_gone_now(process)
+    Runner(settings, "../../etc/passwd", "pyfunc", 1).stop()
+    assert _is_gone(process)
+    assert not any((settings.state_dir / "scratch").iterdir())
+
+
+def _is_gone_now(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_runner_ends_when_the_service_is_gone(
+    settings: Settings, trained: TrainedModels
+) -> None:
+    runner = Runner(settings, "tree", "sklearn", 1)
+    with serving(settings):
+        process = _start(runner, trained.folder / "tree")
+        with serving(settings):
+            pass
+        # Gone is the service only with its last worker.
+        time.sleep(1.5)
+        assert runner.process_id() == process
+    assert _is_gone(process)
+
+
+def test_a_model_that_does_not_load_says_why(
+    runner: Runner, tmp_path: Path, settings: Settings
+) -> None:
+    with pytest.raises(ModelNotLoadableError, match="cannot be loaded as pyfunc"):
+        _start(runner, tmp_path)
+    assert runner.process_id() is None
+    with pytest.raises(RunnerNotRunningError):
+        _run(lambda: runner.predict(_body(1)))
+    assert settings.sockets.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "sentence"),
+    [
+        ("exit 7", ModelNotLoadableError, "exit status 7"),
+        ("kill -SEGV $$", ModelNotLoadableError, "SIGSEGV"),
+        ("kill -35 $$", ModelNotLoadableError, "signal 35"),
+        ("sleep 30", DeadlineExceededError, "took longer"),
+    ],
+)
+def test_a_process_that_ends_or_hangs_while_it_starts(
+    runner: Runner, tmp_path: Path, script: str, error: type[Exception], sentence: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec 2>/dev/null\n{script}\n")
+    python.chmod(0o755)
+    with pytest.raises(error, match=sentence):
+        runner.start(python, tmp_path, time.monotonic() + 0.7)
+
+
+def test_an_interpreter_that_is_missing(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotLoadableError, match="cannot be run"):
+        runner.start(tmp_path / "python", tmp_path, time.monotonic() + 5)
+
+
