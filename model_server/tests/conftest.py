@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_server import RegistryServer
 
 from model_server.settings import Settings
+from registry_server import RegistryServer
 
 # An environment that is the test run's own, so that real runners start without an index.
 _UV = """#!/bin/sh

@@ -86,8 +86,7 @@ class RegistryServer:
         if self.listed_name is not None:
             return _json({"files": [{"path": self.listed_name, "is_dir": False}]})
         files = [
-            {"path": entry.name, "is_dir": entry.is_dir()}
-            for entry in sorted(folder.iterdir())
+            {"path": entry.name, "is_dir": entry.is_dir()} for entry in sorted(folder.iterdir())
         ]
         return _json({"files": files} if files else {})
 

@@ -2,7 +2,6 @@ import ssl
 from pathlib import Path
 
 import pytest
-from registry_server import RegistryServer
 
 from model_server.errors import (
     ModelNotFoundError,
@@ -12,6 +11,7 @@ from model_server.errors import (
 )
 from model_server.registry import ModelRegistry, ModelVersion, version_number
 from model_server.settings import Settings
+from registry_server import RegistryServer
 
 
 @pytest.fixture

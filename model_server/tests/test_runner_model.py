@@ -4,8 +4,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import TrainedModels
 
+from conftest import TrainedModels
 from model_server.runner.inputs import InputError
 from model_server.runner.model import Model, ModelError, load_model
 

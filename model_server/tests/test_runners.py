@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainedModels
 
+from conftest import TrainedModels
 from model_server.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -107,7 +107,10 @@ def test_stopping_ends_the_process_even_when_it_hangs(
 ) -> None:
     process = _start(runner, trained.folder / "fragile")
     impatient = Runner(
-        settings.model_copy(update={"predict_timeout_seconds": 0.2}), "../../etc/passwd", "pyfunc", 1
+        settings.model_copy(update={"predict_timeout_seconds": 0.2}),
+        "../../etc/passwd",
+        "pyfunc",
+        1,
     )
     with pytest.raises(DeadlineExceededError, match=r"longer than 0\.2 seconds"):
         _run(lambda: impatient.predict(_body(-1)))
@@ -125,9 +128,7 @@ def _is_gone_now(process: int) -> bool:
     return False
 
 
-def test_a_runner_ends_when_the_service_is_gone(
-    settings: Settings, trained: TrainedModels
-) -> None:
+def test_a_runner_ends_when_the_service_is_gone(settings: Settings, trained: TrainedModels) -> None:
     runner = Runner(settings, "tree", "sklearn", 1)
     with serving(settings):
         process = _start(runner, trained.folder / "tree")
@@ -172,5 +173,3 @@ def test_a_process_that_ends_or_hangs_while_it_starts(
 def test_an_interpreter_that_is_missing(runner: Runner, tmp_path: Path) -> None:
     with pytest.raises(ModelNotLoadableError, match="cannot be run"):
         runner.start(tmp_path / "python", tmp_path, time.monotonic() + 5)
-
-

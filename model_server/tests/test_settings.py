@@ -38,8 +38,8 @@ def test_mlflow_is_configured_by_its_own_variables(
 
 def test_no_secret_in_the_representation() -> None:
     settings = Settings(
-        database_url="postgresql+psycopg://me:hidden@db/x",  # type: ignore[arg-type]
-        index_url="https://me:hidden@index/simple",  # type: ignore[arg-type]
+        database_url="postgresql+psycopg://me:hidden@db/x",
+        index_url="https://me:hidden@index/simple",
     )
     assert "hidden" not in repr(settings)
     assert settings.database == "postgresql+psycopg://me:hidden@db/x"

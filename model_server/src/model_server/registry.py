@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
-import httpx
+import httpx2
 
 from model_server.errors import (
     ModelNotFoundError,
@@ -52,7 +52,7 @@ def version_number(version_or_alias: str) -> int | None:
 class ModelRegistry:
     """The registry of one MLflow server."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx2.Client) -> None:
         self._client = client
 
     @classmethod
@@ -65,7 +65,7 @@ class ModelRegistry:
         if settings.tracking_client_cert_path:
             tls.load_cert_chain(settings.tracking_client_cert_path)
         return cls(
-            httpx.Client(
+            httpx2.Client(
                 base_url=settings.tracking_uri,
                 auth=auth,
                 verify=tls,
@@ -153,7 +153,7 @@ class ModelRegistry:
             self._client.stream("GET", f"{_ARTIFACTS}/{quote(path)}") as answer,
             target.open("xb") as file,
         ):
-            if answer.status_code != httpx.codes.OK:
+            if answer.status_code != httpx2.codes.OK:
                 raise RegistryRefusedError(
                     f"MLflow answered {answer.status_code} for the artifact {path!r}."
                 )
@@ -173,7 +173,7 @@ class ModelRegistry:
             content = answer.json()
         except ValueError:
             content = None
-        if answer.status_code == httpx.codes.OK and isinstance(content, dict):
+        if answer.status_code == httpx2.codes.OK and isinstance(content, dict):
             return content
         reason = content if isinstance(content, dict) else {}
         if reason.get("error_code") in codes:
@@ -186,7 +186,7 @@ class ModelRegistry:
     def _reachable(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise RegistryUnavailableError(
                 f"MLflow at {self._client.base_url} does not answer ({error})."
             ) from error

@@ -57,7 +57,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 written:
-  description: Files that were or would be written, each with the users whose line is new and those who vanish.
+  description: Files that were or would be written, with whose line is new and who vanishes.
   type: list
   elements: dict
   returned: always
@@ -73,13 +73,13 @@ def fault(passwords: dict[str, Any], files: list[dict[str, Any]], rounds: int) -
         return f"rounds is {rounds}; choose 4 to 12"
     for name, password in passwords.items():
         if not NAME.fullmatch(name):
-            return f"{name!r} is no user name: a-z, 0-9, '_', '.', '-', first a letter or '_', at most 32"
+            return f"{name!r} is no user name: use up to 32 of a-z, 0-9, _ . -, first a letter or _"
         if not isinstance(password, str) or not password:
             return f"the password of {name} is empty or no text"
         if "\0" in password:
             return f"the password of {name} holds a NUL character"
         if len(password.encode()) > LONGEST_PASSWORD:
-            return f"the password of {name} is longer than {LONGEST_PASSWORD} bytes, which bcrypt would cut off"
+            return f"the password of {name} has over {LONGEST_PASSWORD} bytes, which bcrypt cuts"
     for file in files:
         for name in file["users"]:
             if name not in passwords:
@@ -127,7 +127,7 @@ class Hasher:
 
 
 def replace(module: AnsibleModule, path: str, text: str) -> None:
-    """Put the text in the file's place in one step, never readable by more than the file shall be."""
+    """Put the text in the file's place in one step, never open to more than shall read it."""
     handle, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".htpasswd-")
     try:
         with open(handle, "w", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from time import time
@@ -12,9 +13,11 @@ from distributed.comm import Comm
 
 Handler = Callable[..., Awaitable[None]]
 
+logger = logging.getLogger("distributed.scheduler")
+
 LOCK = "odsp-lock"
 # What a task's pickle depends on; compared with peers that announce no lock.
-PACKAGES = ["python", "dask", "distributed", "cloudpickle", "msgpack", "numpy", "pandas", "tornado", "toolz"]
+PACKAGES = ["python", "dask", "distributed", "cloudpickle", "msgpack", "tornado", "numpy", "pandas"]
 
 
 class HTTPServer(node.HTTPServer):  # type: ignore[misc]
@@ -36,14 +39,18 @@ class HTTPServer(node.HTTPServer):  # type: ignore[misc]
 node.HTTPServer = HTTPServer
 
 
+def announced(package: str, peer: dict[str, Any] | None) -> str:
+    """Return the version a peer announces; of Python major and minor, which is what pickles depend on."""
+    version = str(((peer or {}).get("packages") or {}).get(package))
+    return ".".join(version.split(".")[:2]) if package == "python" else version
+
+
 def difference(peer: dict[str, Any] | None) -> str:
     """Return how the peer's packages differ from the scheduler's, or nothing."""
-    theirs = (peer or {}).get("packages") or {}
-    own = versions.get_versions()["packages"]
-    keys = [LOCK] if theirs.get(LOCK) else PACKAGES
-    return ", ".join(
-        f"{key} {theirs.get(key)} instead of {own.get(key)}" for key in keys if theirs.get(key) != own.get(key)
-    )
+    own = versions.get_versions()
+    packages = PACKAGES if announced(LOCK, peer) == "None" else [LOCK]
+    pairs = [(package, announced(package, peer), announced(package, own)) for package in packages]
+    return ", ".join(f"{what} {theirs} instead of {ours}" for what, theirs, ours in pairs if theirs != ours)
 
 
 def refusal(who: str, peer: dict[str, Any] | None) -> str:
@@ -63,7 +70,7 @@ def guarded_worker(add_worker: Handler) -> Handler:
     async def register_worker(comm: Comm, **message: Any) -> None:
         problem = refusal(f"worker '{message.get('name')}'", message.get("versions"))
         if problem:
-            node.logger.warning(problem)
+            logger.warning(problem)
             await comm.write({"status": "error", "message": problem, "time": time()})
             return
         await add_worker(comm, **message)
@@ -77,7 +84,7 @@ def guarded_client(add_client: Handler) -> Handler:
     async def register_client(comm: Comm, **message: Any) -> None:
         problem = refusal(f"the client at {comm.peer_address}", message.get("versions"))
         if problem:
-            node.logger.warning(problem)
+            logger.warning(problem)
             await comm.write([{"op": "stream-start", "error": problem}])
             await comm.close()
             return

@@ -46,7 +46,8 @@ LDFLAGS = " ".join(
         f"-X {MODULE}/cmd.CopyrightYear=2026",
     ]
 )
-BUILD_FLAGS = ["-trimpath", "-ldflags", LDFLAGS]
+# Debug information would be made for every package and thrown away at the end.
+BUILD_FLAGS = ["-trimpath", "-gcflags=all=-dwarf=false", "-ldflags", LDFLAGS]
 NEEDED_BYTES = 4 * 2**30
 TICK_SECONDS = 5.0
 REMEDY = "repair that, or give a finished binary with minio_binary and minio_binary_sha256"
@@ -222,6 +223,10 @@ def go_environment(root: Path, goarch: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in {"GOROOT", "GOEXPERIMENT", "GOAMD64", "GOARM64", "GODEBUG", "GOTOOLDIR"}
     }
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory > 6 * 2**30:
+        # The compiler collects its garbage less often: a fifth of the processor time.
+        kept["GOGC"] = "400"
     return kept | {
         "GOOS": "linux",
         "GOARCH": goarch,

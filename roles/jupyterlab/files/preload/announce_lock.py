@@ -1,0 +1,1 @@
+../../../dask_scheduler/files/preload/announce_lock.py
