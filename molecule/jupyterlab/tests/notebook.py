@@ -18,7 +18,12 @@ from tornado.websocket import websocket_connect
 
 def message(code: str) -> str:
     """Return the request to execute the code."""
-    header = {"msg_id": uuid.uuid4().hex, "username": "", "session": uuid.uuid4().hex, "version": "5.3"}
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "username": "",
+        "session": uuid.uuid4().hex,
+        "version": "5.3",
+    }
     return json.dumps(
         {
             "header": header | {"msg_type": "execute_request"},
@@ -38,7 +43,9 @@ async def main(base: str, certificate: str, key: str, code: str) -> None:
 
     async def ask(path: str, method: str = "GET", **kwargs: Any) -> Any:
         return await client.fetch(
-            HTTPRequest(f"{base}{path}", method=method, ssl_options=context, request_timeout=60, **kwargs)
+            HTTPRequest(
+                f"{base}{path}", method=method, ssl_options=context, request_timeout=60, **kwargs
+            )
         )
 
     page = await ask("lab")
@@ -48,7 +55,9 @@ async def main(base: str, certificate: str, key: str, code: str) -> None:
     kernel = json.loads((await ask("api/kernels", "POST", body="{}", headers=headers)).body)
     url = f"{base.replace('https', 'wss', 1)}api/kernels/{kernel['id']}/channels"
     socket = await websocket_connect(
-        HTTPRequest(url, ssl_options=context, headers={"Cookie": headers["Cookie"]}, request_timeout=60)
+        HTTPRequest(
+            url, ssl_options=context, headers={"Cookie": headers["Cookie"]}, request_timeout=60
+        )
     )
     await socket.write_message(message(code))
     try:

@@ -20,7 +20,8 @@ async def running(address: str, host: str) -> int:
     async with rpc(address, timeout=2, connection_args=arguments) as scheduler:
         answer = await scheduler.identity(n_workers=-1)
     return sum(
-        worker["host"] == host and worker["status"] == "running" for worker in answer["workers"].values()
+        worker["host"] == host and worker["status"] == "running"
+        for worker in answer["workers"].values()
     )
 
 

@@ -50,7 +50,9 @@ def difference(peer: dict[str, Any] | None) -> str:
     own = versions.get_versions()
     packages = PACKAGES if announced(LOCK, peer) == "None" else [LOCK]
     pairs = [(package, announced(package, peer), announced(package, own)) for package in packages]
-    return ", ".join(f"{what} {theirs} instead of {ours}" for what, theirs, ours in pairs if theirs != ours)
+    return ", ".join(
+        f"{what} {theirs} instead of {ours}" for what, theirs, ours in pairs if theirs != ours
+    )
 
 
 def refusal(who: str, peer: dict[str, Any] | None) -> str:
@@ -98,7 +100,9 @@ def dask_setup(scheduler: Scheduler) -> None:
     try:
         context = scheduler.http_server.ssl_options
         if context.verify_mode != ssl.CERT_REQUIRED:
-            raise SystemExit("the dashboard does not ask for client certificates: refusing to start")
+            raise SystemExit(
+                "the dashboard does not ask for client certificates: refusing to start"
+            )
         handlers = scheduler.handlers
         handlers["register-worker"] = guarded_worker(handlers["register-worker"])
         handlers["register-client"] = guarded_client(handlers["register-client"])
