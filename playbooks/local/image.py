@@ -21,6 +21,15 @@ from pathlib import Path
 PACKAGES = (
     "systemd,systemd-sysv,dbus,python3,python3-apt,sudo,iproute2,ca-certificates,openssh-server,openssl"
 )
+RECIPE = (
+    "--variant=minbase",
+    f"--include={PACKAGES}",
+    # A new VM makes host keys and a machine id of its own.
+    "--customize-hook=rm -f $1/etc/ssh/ssh_host_* $1/etc/machine-id",
+    # No package lists yet: their directory must look as old as it is empty.
+    "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
+    "--customize-hook=systemctl --root=$1 mask systemd-networkd-wait-online.service",
+)
 #: Age after which an image is built anew, so that new hosts start from current packages (seconds).
 MAX_AGE_S = 30 * 24 * 3600
 
@@ -43,20 +52,7 @@ def bootstrap(release: str, target: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archive, log = Path(scratch) / "image.tar", Path(scratch) / "log"
-        command = [
-            "mmdebstrap",
-            "--variant=minbase",
-            f"--include={PACKAGES}",
-            # A new VM makes host keys and a machine id of its own.
-            "--customize-hook=rm -f $1/etc/ssh/ssh_host_* $1/etc/machine-id",
-            # No package lists yet: their directory must look as old as it is empty.
-            "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
-            "--customize-hook=systemctl --root=$1 mask systemd-networkd-wait-online.service",
-            "--quiet",
-            release,
-            str(archive),
-            *mirrors(),
-        ]
+        command = ["mmdebstrap", *RECIPE, "--quiet", release, str(archive), *mirrors()]
         with log.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
             started = time.monotonic()
@@ -74,9 +70,10 @@ def main() -> int:
     """Print the image's name; build and import it first if it is not there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("release", choices=["bookworm", "trixie"])
-    release: str = parser.parse_args().release
-    recipe = Path(__file__).read_text() + " ".join(mirrors())
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    parser.add_argument("--archive-only", action="store_true", help="leave podman alone")
+    arguments = parser.parse_args()
+    release: str = arguments.release
+    digest = hashlib.sha256(" ".join([*RECIPE, release, *mirrors()]).encode()).hexdigest()[:12]
     name = f"localhost/odsp-{release}:{digest}"
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
@@ -84,14 +81,15 @@ def main() -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         target = cache / f"{release}-{digest}.tar"
         fresh = target.exists() and time.time() - target.stat().st_mtime < MAX_AGE_S
-        known = subprocess.run(["podman", "image", "exists", name], check=False).returncode == 0
         try:
             if not fresh:
                 bootstrap(release, target)
-            if not fresh or not known:
-                subprocess.run(
-                    ["podman", "import", str(target), name], check=True, capture_output=True
-                )
+            if not arguments.archive_only:
+                known = subprocess.run(["podman", "image", "exists", name], check=False)
+                if known.returncode:
+                    subprocess.run(
+                        ["podman", "import", str(target), name], check=True, capture_output=True
+                    )
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", b"") or b""
             print(f"image {release}: {error} {detail.decode()}", file=sys.stderr)

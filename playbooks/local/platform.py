@@ -175,7 +175,8 @@ def up(_: argparse.Namespace) -> None:
         try:
             with phase("hosts: bare Debian systems in containers"):
                 subprocess.run(
-                    as_root(sys.executable, str(ROOT / "playbooks/local/image.py"), settings()["local_debian_release"]),
+                    as_root(sys.executable, str(ROOT / "playbooks/local/image.py"), "--archive-only",
+                            settings()["local_debian_release"]),
                     check=True, env=environment(), stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
                 )  # fmt: skip
                 changes += playbook("playbooks/local/create.yml")
