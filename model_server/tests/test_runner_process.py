@@ -1,3 +1,4 @@
+import contextlib
 import json
 import socket
 import time
@@ -6,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import TrainedModels
 
+from conftest import TrainedModels
 from model_server.runner import wire
 from model_server.runner.process import RunnerProcess
 
@@ -18,9 +19,17 @@ ROW = b'{"data": [[21]]}'
 
 
 @pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
+def address(tmp_path: Path) -> Path:
+    return tmp_path / "socket"
+
+
+@pytest.fixture
+def threads(address: Path) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
         yield threads
+        # Also after a failure: whoever waits for the model must end.
+        with contextlib.suppress(OSError, EOFError):
+            _ask(address, wire.STOP)
 
 
 def _ask(address: Path, kind: bytes, content: bytes = b"") -> tuple[bytes, bytes]:
@@ -32,30 +41,27 @@ def _ask(address: Path, kind: bytes, content: bytes = b"") -> tuple[bytes, bytes
 
 
 def test_what_was_asked_before_the_stop_is_answered(
-    threads: ThreadPoolExecutor, trained: TrainedModels, tmp_path: Path
+    threads: ThreadPoolExecutor, trained: TrainedModels, address: Path
 ) -> None:
-    address = tmp_path / "socket"
     runner = RunnerProcess(address)
     # Asked before the model is even loaded: everybody waits, nobody is lost.
-    early = [threads.submit(_ask, address, wire.PREDICT, ROW) for _ in range(4)]
+    asked = [threads.submit(_ask, address, wire.PREDICT, ROW) for _ in range(4)]
     described = threads.submit(_ask, address, wire.DESCRIBE)
     time.sleep(0.2)
     status: Future[int] = threads.submit(runner.serve, trained.folder / "fragile", "pyfunc")
     assert described.result(60) == (wire.ANSWER, b"")
-    late = [threads.submit(_ask, address, wire.PREDICT, ROW) for _ in range(2)]
     assert _ask(address, wire.STOP) == (wire.ANSWER, b"")
     assert status.result(60) == 0
-    for kind, content in (asked.result(60) for asked in early + late):
+    for kind, content in (one.result(60) for one in asked):
         assert kind == wire.ANSWER
         assert json.loads(content)["prediction"]["doubled"] == [[42]]
 
 
 def test_a_bad_request_is_refused_and_the_next_one_answered(
-    threads: ThreadPoolExecutor, trained: TrainedModels, tmp_path: Path
+    threads: ThreadPoolExecutor, trained: TrainedModels, address: Path
 ) -> None:
-    address = tmp_path / "socket"
     status = threads.submit(RunnerProcess(address).serve, trained.folder / "fragile", "pyfunc")
-    for body, kind in ((b"[", "input"), (b'{"data": [[-2]]}', "model"), (b"{}", "model")):
+    for body, kind in ((b"[", "input"), (b'{"data": [[-2]]}', "model"), (b"{}", "input")):
         sign, content = _ask(address, wire.PREDICT, body)
         assert (sign, json.loads(content)["kind"]) == (wire.REFUSAL, kind)
     assert _ask(address, wire.PREDICT, ROW)[0] == wire.ANSWER
@@ -63,8 +69,9 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(
     assert status.result(60) == 0
 
 
-def test_a_problem_is_told_before_the_end(threads: ThreadPoolExecutor, tmp_path: Path) -> None:
-    address = tmp_path / "socket"
+def test_a_problem_is_told_before_the_end(
+    threads: ThreadPoolExecutor, address: Path, tmp_path: Path
+) -> None:
     status = threads.submit(RunnerProcess(address).serve, tmp_path, "pyfunc")
     sign, content = _ask(address, wire.DESCRIBE)
     assert sign == wire.REFUSAL
@@ -72,6 +79,7 @@ def test_a_problem_is_told_before_the_end(threads: ThreadPoolExecutor, tmp_path:
     assert status.result(60) == 1
 
 
-def test_only_its_owner_may_open_the_socket(tmp_path: Path) -> None:
-    RunnerProcess(tmp_path / "socket")
-    assert (tmp_path / "socket").stat().st_mode & 0o777 == 0o600
+def test_only_its_owner_may_open_the_socket(address: Path) -> None:
+    runner = RunnerProcess(address)
+    runner._listener.close()
+    assert address.stat().st_mode & 0o777 == 0o600

@@ -91,7 +91,7 @@ def culprit(
 def proof_failure(
     hostvars: Mapping[str, Any], groups: Mapping[str, list[str]], links: list[Link]
 ) -> dict[str, str]:
-    """Return what is broken, the unit behind it, its last words and what to try; nothing if whole."""
+    """Return what is broken, the unit behind it, its last words and what to try."""
     link = next((link for link in links if not link["ok"]), None)
     if link is None:
         return {}

@@ -25,7 +25,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 listeners:
-  description: One entry per listening process - port, address, pid, program and its systemd unit, if any.
+  description: One entry per listening process - port, address, pid, program and systemd unit.
   type: list
   returned: always
 """

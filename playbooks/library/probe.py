@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -16,16 +16,16 @@ DOCUMENTATION = r"""
 module: probe
 short_description: Run a Python program that proves links of the platform
 description:
-  - The program and its inputs travel through standard input, so nothing of them is seen in the list of
-    processes. It imports C(link) to say what it found, see C(playbooks/files/verify/link.py).
+  - The program and its inputs travel through standard input, so the list of processes shows nothing
+    of them. It imports C(link) to say what it found, see C(playbooks/files/verify/link.py).
   - A link that does not hold is a result, not a failure; so is a program that ends early.
 options:
-  name: {description: What is proved, should the program not come to say so itself., type: str, required: true}
+  name: {description: "What is proved, if the program cannot say so.", type: str, required: true}
   program: {description: Text of the program., type: str, required: true}
   library: {description: Text of the module C(link)., type: str, required: true}
   inputs: {description: What the program shall know., type: dict, default: {}}
   secret: {description: A password the program needs., type: str, default: ""}
-  runner: {description: Command that runs Python; empty is Ansible's own., type: list, elements: str, default: []}
+  runner: {description: Command that runs Python., type: list, elements: str, default: []}
 author: [ODSP]
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
         supports_check_mode=True,
         no_log=True,  # the programs would fill the journal
     )
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         links, facts = run(module.params)
     except (OSError, ValueError) as error:  # a program that cannot even begin is a finding too

@@ -26,7 +26,10 @@ RECIPE = (
     f"--include={PACKAGES}",
     # A new VM makes host keys and a machine id of its own.
     "--customize-hook=rm -f $1/etc/ssh/ssh_host_* $1/etc/machine-id",
-    # No package lists yet: their directory must look as old as it is empty.
+    # No package lists yet: their directory must look as old as it is empty, or hosts would not ask
+    # for them. mmdebstrap's own cleaning comes after the hooks and would make it look new.
+    "--skip=cleanup/apt/lists",
+    "--customize-hook=find $1/var/lib/apt/lists -type f -delete",
     "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
     "--customize-hook=systemctl --root=$1 mask systemd-networkd-wait-online.service",
 )

@@ -1,4 +1,4 @@
-"""playbooks/validate.yml refuses each kind of broken inventory in one sentence and changes nothing."""
+"""playbooks/validate.yml refuses each broken inventory in one sentence and changes nothing."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ STATIC = {
 }
 
 
-@pytest.mark.parametrize("edit, words", STATIC.values(), ids=STATIC.keys())
+@pytest.mark.parametrize(("edit", "words"), STATIC.values(), ids=STATIC.keys())
 def test_refuses_before_touching_a_host(
     tmp_path: Path, site: Site, edit: Callable[[Site], None], words: list[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Run a cell in a kernel of JupyterLab, over TLS and its WebSocket, as the door would; print its output.
+"""Run a cell in a kernel of JupyterLab, over TLS and its WebSocket; print its output.
 
 Run on the host with JupyterLab's own environment. Arguments: base URL, certificate, its key, code.
 """

@@ -1,4 +1,4 @@
-"""Ask each component of this host whether it answers, in its own protocol, over TLS, as its peers do."""
+"""Ask each component of this host whether it answers, in its own protocol and over TLS."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import struct
 import subprocess
 from typing import Any
 
-from link import INPUTS, Broken, prove, tell_facts
+from link import INPUTS, BrokenLinkError, prove, tell_facts
 
 SECONDS = 10
 
 
 def active(unit: str) -> None:
-    """Raise Broken unless systemd runs the unit."""
+    """Raise BrokenLinkError unless systemd runs the unit."""
     show = ["systemctl", "show", "--property=ActiveState,SubState", "--value", unit]
     state = subprocess.run(show, capture_output=True, text=True, check=True).stdout.split()
     if state[0] != "active":
-        raise Broken(f"{unit} is {state[0]} ({state[1]})")
+        raise BrokenLinkError(f"{unit} is {state[0]} ({state[1]})")
 
 
 def context(role: str) -> ssl.SSLContext:
@@ -40,7 +40,7 @@ def ask_https(question: dict[str, Any]) -> str:
     connection.request("GET", question["path"])
     answer, wanted = connection.getresponse(), question.get("status", 200)
     if answer.status != wanted:
-        raise Broken(f"GET {question['path']} gave {answer.status}, not {wanted}")
+        raise BrokenLinkError(f"GET {question['path']} gave {answer.status}, not {wanted}")
     return f"GET {question['path']} gives {wanted}"
 
 
@@ -60,10 +60,10 @@ def ask_postgres(question: dict[str, Any]) -> str:
     with socket.create_connection(address, SECONDS) as plain:
         plain.sendall(struct.pack("!ii", 8, 80877103))
         if plain.recv(1) != b"S":
-            raise Broken("the server offers no TLS")
+            raise BrokenLinkError("the server offers no TLS")
         tls = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
         with tls.wrap_socket(plain, server_hostname=address[0]) as secure:
-            return f"{secure.version()}"
+            return f"{secure.version()}, certificate of the platform"
 
 
 def count_workers(question: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def count_workers(question: dict[str, Any]) -> str:
     text = subprocess.run(show, capture_output=True, text=True, check=True).stdout
     match = re.search(r"--nworkers[ =](\d+)", text)
     if match is None:
-        raise Broken("its unit does not say --nworkers")
+        raise BrokenLinkError("its unit does not say --nworkers")
     tell_facts(processes=int(match[1]))
     return f"{match[1]} processes"
 

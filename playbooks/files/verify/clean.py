@@ -1,7 +1,7 @@
 """Remove what the proof made: rows by MLflow's own stores, objects by the account of MLflow.
 
-Works on the stores themselves, so that it works when the MLflow server is what is broken. `mlflow gc`
-would also remove what users have deleted and may still want back.
+Works on the stores themselves, hence also when the MLflow server is what is broken. `mlflow gc`
+would remove what users have deleted and may still want back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import time
 from typing import Any
 
 import boto3
-from link import INPUTS, Broken, prove
+from link import INPUTS, BrokenLinkError, prove
+from mlflow.entities import ViewType
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as TrackingStore
 
 PREFIX = "odsp-verify-"
 #: What an interrupted proof left behind is removed by a later one, never while it may still run.
@@ -27,9 +30,7 @@ def mine(name: str, created_ms: int) -> bool:
 
 def remove_models(uri: str) -> None:
     """Remove registered models with their versions and aliases."""
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-
-    registry = SqlAlchemyStore(uri)
+    registry = RegistryStore(uri)
     for model in registry.search_registered_models(f"name LIKE '{PREFIX}%'"):
         if mine(model.name, model.creation_timestamp):
             registry.delete_registered_model(model.name)
@@ -37,10 +38,7 @@ def remove_models(uri: str) -> None:
 
 def remove_experiments(uri: str, bucket: str) -> list[str]:
     """Remove experiments with runs and logged models for good; return their ids."""
-    from mlflow.entities import ViewType
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore(uri, f"s3://{bucket}/artifacts")
+    store = TrackingStore(uri, f"s3://{bucket}/artifacts")
     removed = []
     for experiment in store.search_experiments(
         ViewType.ALL, filter_string=f"name LIKE '{PREFIX}%'"
@@ -49,13 +47,13 @@ def remove_experiments(uri: str, bucket: str) -> list[str]:
             continue
         number = experiment.experiment_id
         for run in store.search_runs([number], "", ViewType.ALL):
-            store._hard_delete_run(run.info.run_id)
+            store._hard_delete_run(run.info.run_id)  # noqa: SLF001 - what `mlflow gc` calls
         for model in store.search_logged_models([number]):
             store.delete_logged_model(model.model_id)
-            store._hard_delete_logged_model(model.model_id)
+            store._hard_delete_logged_model(model.model_id)  # noqa: SLF001
         if experiment.lifecycle_stage == "active":
             store.delete_experiment(number)
-        store._hard_delete_experiment(number)
+        store._hard_delete_experiment(number)  # noqa: SLF001
         removed.append(number)
     return removed
 
@@ -74,7 +72,7 @@ def remove_objects(store: Any, bucket: str, experiments: list[str]) -> int:
 
 with prove("the proof removes what it made", "mlflow", ["postgres", "minio", "mlflow"]) as proof:
     if not INPUTS["name"].startswith(PREFIX):
-        raise Broken(f"{INPUTS['name']} is not a name this proof gives")
+        raise BrokenLinkError(f"{INPUTS['name']} is not a name this proof gives")
     uri, bucket = os.environ["MLFLOW_BACKEND_STORE_URI"], INPUTS["bucket"]
     remove_models(uri)
     experiments = remove_experiments(uri, bucket)

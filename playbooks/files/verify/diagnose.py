@@ -1,4 +1,4 @@
-"""Look behind a broken link: the state of units on this host and the last lines of their journals."""
+"""Look behind a broken link: states of units on this host, last lines of their journals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the programs of the proof share: they read INPUTS, prove links, leave facts for later programs."""
+"""What the programs of the proof share: INPUTS to read, links to prove, facts to leave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OUTPUT = sys.stdout
 _RECORD = "\x1e"
 
 
-class Broken(Exception):
+class BrokenLinkError(Exception):
     """A link does not hold; the text says what was seen. Names the component at fault, if known."""
 
     def __init__(self, text: str, role: str = "", host: str = "") -> None:
@@ -61,9 +61,9 @@ def prove(
     link: dict[str, Any] = {"name": name, "role": role, "behind": behind or [role]}
     try:
         yield proof
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong, the link does not hold
         link |= {"ok": False, "detail": sentence(error)}
-        if isinstance(error, Broken) and error.role:
+        if isinstance(error, BrokenLinkError) and error.role:
             link |= {"role": error.role, "host": error.host, "behind": [error.role]}
     else:
         link |= {"ok": True, "detail": proof.detail}

@@ -9,7 +9,16 @@ import time
 import uuid
 from typing import Any
 
-from link import INPUTS, Broken, prove, tell_facts
+import mlflow
+import mlflow.sklearn
+from distributed import Client, get_worker
+from link import INPUTS, BrokenLinkError, prove, tell_facts
+from mlflow.models import infer_signature
+from sklearn.datasets import load_breast_cancer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 NAME = f"odsp-verify-{uuid.uuid4().hex[:8]}"
 ALIAS = "champion"
@@ -20,20 +29,12 @@ NEEDED = ("mlflow", "scikit-learn", "numpy", "pandas", "skops")
 
 def fit(strength: float) -> dict[str, Any]:
     """Fit one candidate and tell its score and, on a worker, which one it was."""
-    from sklearn.datasets import load_breast_cancer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     rows, labels = load_breast_cancer(return_X_y=True)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
     score = float(cross_val_score(model, rows, labels, cv=3).mean())
     try:
-        from distributed import get_worker
-
         worker = get_worker().address
-    except (ImportError, ValueError):
+    except ValueError:  # no cluster: the notebook itself
         worker = ""
     return {
         "score": score,
@@ -56,14 +57,12 @@ def workers_by_host(client: Any, expected: dict[str, int]) -> dict[str, list[str
         if time.monotonic() > deadline:
             host = next(iter(missing))
             text = ", ".join(f"{n} of {expected[h]} on {h}" for h, n in missing.items())
-            raise Broken(f"workers are missing: {text}", role="dask_worker", host=host)
+            raise BrokenLinkError(f"workers are missing: {text}", role="dask_worker", host=host)
         time.sleep(0.5)
 
 
 def search_on_workers(expected: dict[str, int]) -> dict[str, Any]:
     """Search with every worker of the cluster and return the best candidate."""
-    from distributed import Client
-
     cluster = ["dask_scheduler", "dask_worker", "jupyterlab"]
     with prove("a notebook's Client() finds every worker", "dask_scheduler", cluster) as proof:
         client = Client(timeout=SECONDS_TO_JOIN)
@@ -72,7 +71,7 @@ def search_on_workers(expected: dict[str, int]) -> dict[str, Any]:
         address = str(client.scheduler.address)
         proof.detail = f"{count} on {', '.join(sorted(found))}, {address}"
         if not address.startswith("tls://"):
-            raise Broken(f"the scheduler is reached without TLS: {address}")
+            raise BrokenLinkError(f"the scheduler is reached without TLS: {address}")
     with prove("every worker host trains", "dask_worker", cluster) as proof:
         workers = [address for addresses in found.values() for address in addresses]
         candidates = max(6, len(workers))
@@ -85,11 +84,13 @@ def search_on_workers(expected: dict[str, int]) -> dict[str, Any]:
         worked = {result["worker"] for result in results}
         for host, addresses in found.items():
             if addresses and not worked & set(addresses):
-                raise Broken(f"{host} trained nothing", role="dask_worker", host=host)
+                raise BrokenLinkError(f"{host} trained nothing", role="dask_worker", host=host)
         best = max(results, key=lambda result: result["score"])
         proof.detail = f"{candidates} fits, best accuracy {best['score']:.3f}"
         if best["score"] < 0.9:
-            raise Broken(f"the best accuracy is {best['score']:.3f}, it should be above 0.9")
+            raise BrokenLinkError(
+                f"the best accuracy is {best['score']:.3f}, it should be above 0.9"
+            )
         return dict(best)
 
 
@@ -97,11 +98,6 @@ def log_and_register(best: dict[str, Any]) -> None:
     """Log the best candidate as a run with a model, register it and give it an alias."""
     storage = ["postgres", "minio", "mlflow"]
     with prove("the run is logged and its model registered", "mlflow", storage) as proof:
-        import mlflow
-        import mlflow.sklearn
-        from mlflow.models import infer_signature
-        from sklearn.datasets import load_breast_cancer
-
         rows = load_breast_cancer().data
         predictions = best["model"].predict(rows)
         probabilities = best["model"].predict_proba(rows)
@@ -120,7 +116,7 @@ def log_and_register(best: dict[str, Any]) -> None:
         version = str(logged.registered_model_version)
         client.set_registered_model_alias(NAME, ALIAS, version)
         if client.get_model_version_by_alias(NAME, ALIAS).version != version:
-            raise Broken(f"the alias {ALIAS} does not lead to version {version}")
+            raise BrokenLinkError(f"the alias {ALIAS} does not lead to version {version}")
         model = mlflow.get_logged_model(logged.model_id)
         proof.detail = f"{NAME} version {version} @{ALIAS}"
         tell_facts(

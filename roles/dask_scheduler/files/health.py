@@ -1,4 +1,4 @@
-"""Wait until the scheduler answers with its own certificate, on the scheduler's port and at the dashboard.
+"""Wait until scheduler and dashboard answer to the scheduler's own certificate.
 
 Arguments: address of the scheduler, URL of the dashboard's health page, seconds to wait.
 The certificate to show comes from Dask's configuration, in the environment.

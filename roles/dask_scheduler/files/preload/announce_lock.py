@@ -1,4 +1,4 @@
-"""Dask preload: tell the scheduler from which lock this scheduler, worker or client was installed."""
+"""Dask preload of every peer: tell the scheduler from which lock it was installed."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ node.HTTPServer = HTTPServer
 
 
 def announced(package: str, peer: dict[str, Any] | None) -> str:
-    """Return the version a peer announces; of Python major and minor, which is what pickles depend on."""
+    """Return the version a peer announces; of Python only what pickles depend on."""
     version = str(((peer or {}).get("packages") or {}).get(package))
     return ".".join(version.split(".")[:2]) if package == "python" else version
 
@@ -61,8 +61,9 @@ def refusal(who: str, peer: dict[str, Any] | None) -> str:
     if not found:
         return ""
     return (
-        f"the Dask scheduler refuses {who}: it was not installed from the scheduler's lock ({found});"
-        " install both from one release, on one Debian release, with 'ansible-playbook site.yml'"
+        f"the Dask scheduler refuses {who}: it was not installed from the scheduler's lock"
+        f" ({found}); install both from one release, on one Debian release,"
+        " with 'ansible-playbook site.yml'"
     )
 
 
@@ -96,7 +97,7 @@ def guarded_client(add_client: Handler) -> Handler:
 
 
 def dask_setup(scheduler: Scheduler) -> None:
-    """Put the check before the registrations; a failure ends the process instead of opening the door."""
+    """Put the check before the registrations; end the process rather than run without it."""
     try:
         context = scheduler.http_server.ssl_options
         if context.verify_mode != ssl.CERT_REQUIRED:

@@ -1,0 +1,425 @@
+"""What an operator asks of the door: is it shut, to whom does it open, what does it hand on?
+
+Inputs: two users of whom the first is nginx_jupyterlab_user, and a route to each component on a
+port of 127.0.0.1 where nothing listens; the tests stand there themselves.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+UNIT = "odsp-nginx.service"
+PROGRAM = "/run/odsp-door-test.py"
+PATHS = {
+    "jupyterlab": "/jupyter/",
+    "mlflow": "/mlflow/",
+    "dask_scheduler": "/dask/",
+    "minio": "/minio/",
+    "model_server": "/inference/",
+}
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+FOREIGN = {"Origin": "https://evil.example"}
+WEBSOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+
+#: Whatever a stranger may try: routes, their ends, closed and unknown places, tricks of spelling.
+EVERYWHERE = [
+    "/",
+    "/index.html",
+    "/ca.crt",
+    "/nothing/here",
+    "/.never",
+    "/@add_slash",
+    "//mlflow",
+    "/jupyter/../ca.crt",
+    "/mlflow/%2e%2e/ca.crt",
+    *PATHS.values(),
+    *(path.rstrip("/") for path in PATHS.values()),
+    "/dask/status",
+    "/jupyter/api/kernels",
+    "/minio/ws/objectManager",
+    "/inference/loaded_models",
+    "/mlflow/api/3.0/mlflow/server-info",
+    "/mlflow/ajax-api/3.0/mlflow/assistant/config",
+    "/mlflow/api/2.0/mlflow-artifacts/presigned/x",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(host: Any) -> dict[str, Any]:
+    """Return the role's inputs for this host."""
+    wanted = ("nginx_user_passwords", "nginx_routes", "nginx_listen_port")
+    values = {name: host.ansible("debug", f"var={name}")[name] for name in wanted}
+    if not isinstance(values["nginx_listen_port"], int):
+        values["nginx_listen_port"] = 443
+    assert len(values["nginx_user_passwords"]) > 1, "the tests need two users"
+    assert {route["component"] for route in values["nginx_routes"]} == set(PATHS)
+    return values
+
+
+@pytest.fixture(scope="module")
+def users(inputs: dict[str, Any]) -> list[list[str]]:
+    """Return names and passwords; the first is the owner of the notebooks."""
+    return [[name, password] for name, password in inputs["nginx_user_passwords"].items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program(host: Any) -> Iterator[None]:
+    """Have the client and the upstream on the host."""
+    encoded = base64.b64encode((Path(__file__).parent / "door.py").read_bytes()).decode()
+    with host.sudo():
+        host.check_output(f"echo {encoded} | base64 -d > {PROGRAM}")
+        yield
+        host.check_output(f"rm -f {PROGRAM} /run/odsp-door-lie.*")
+
+
+def run(host: Any, verb: str, values: list[Any]) -> Any:
+    """Run the program on the host; return what it prints."""
+    encoded = base64.b64encode(json.dumps(values).encode()).decode()
+    with host.sudo():
+        answer = host.run(f"echo {encoded} | base64 -d | python3 {PROGRAM} {verb}")
+    assert answer.rc == 0, answer.stdout + answer.stderr
+    return json.loads(answer.stdout)
+
+
+@pytest.fixture(scope="module")
+def ask(host: Any, inputs: dict[str, Any]) -> Any:
+    """Return a function that sends requests through the door, all in one go."""
+
+    def asked(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(run(host, "ask", [inputs["nginx_listen_port"], *requests]))
+
+    return asked
+
+
+def stand_behind(host: Any, inputs: dict[str, Any], verb: str) -> None:
+    """Start an upstream on the port of every route."""
+    ports = " ".join(str(route["port"]) for route in inputs["nginx_routes"])
+    with host.sudo():
+        host.check_output(
+            f"systemd-run --quiet --unit=odsp-door-test python3 {PROGRAM} {verb} {ports}"
+        )
+        first = inputs["nginx_routes"][0]["port"]
+        listens = f"ss -ltnH sport = :{first} | grep -q ."
+        wait = f"for i in $(seq 50); do {listens} && exit; sleep 0.2; done; exit 1"
+        assert host.run(wait).rc == 0, host.run("journalctl -u odsp-door-test -n 20").stdout
+
+
+def leave(host: Any) -> None:
+    """Stop the upstream."""
+    with host.sudo():
+        host.run("systemctl stop odsp-door-test; systemctl reset-failed odsp-door-test")
+
+
+@pytest.fixture
+def upstream(host: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Stand behind the door as every component."""
+    stand_behind(host, inputs, "serve")
+    yield
+    leave(host)
+
+
+@pytest.fixture
+def impostor(host: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Stand behind the door with a certificate of one's own."""
+    stand_behind(host, inputs, "lie")
+    yield
+    leave(host)
+
+
+def test_unit_runs_without_root(host: Any) -> None:
+    """The door runs after every boot as www-data, confined, and Debian's own unit cannot start."""
+    unit = host.service(UNIT)
+    assert unit.is_enabled and unit.is_running, host.run(f"journalctl -u {UNIT} -n 50").stdout
+    assert unit.systemd_properties["ProtectSystem"] == "strict"
+    assert unit.systemd_properties["AmbientCapabilities"] == "cap_net_bind_service"
+    with host.sudo():
+        owners = host.check_output("ps -C nginx -o user:20=").split()
+    assert set(owners) == {"www-data"} and len(owners) > 1
+    assert host.service("nginx.service").is_masked
+
+
+def test_listens_on_its_port_only(host: Any, inputs: dict[str, Any]) -> None:
+    """Debian's default site on port 80 has never been there."""
+    with host.sudo():
+        lines = host.check_output("ss -ltnpH").splitlines()
+    ports = {line.split()[3].rsplit(":", 1)[1] for line in lines if '"nginx"' in line}
+    assert ports == {str(inputs["nginx_listen_port"])}
+
+
+def test_speaks_modern_tls_only(host: Any, inputs: dict[str, Any]) -> None:
+    """TLS 1.2 and 1.3 with HTTP/2; no older one; nobody else vouches for the certificate."""
+    port = inputs["nginx_listen_port"]
+    connect = f"openssl s_client -connect localhost:{port} -verify_hostname localhost"
+    for version in ("tls1_2", "tls1_3"):
+        answer = host.run(f"{connect} -CAfile /etc/odsp/tls/ca.crt -alpn h2 -{version} </dev/null")
+        assert "Verify return code: 0 (ok)" in answer.stdout, answer.stdout
+        assert "ALPN protocol: h2" in answer.stdout
+    for version in ("tls1", "tls1_1"):
+        answer = host.run(f"{connect} -{version} -cipher 'ALL:@SECLEVEL=0' </dev/null")
+        assert answer.rc != 0 and "alert protocol version" in answer.stderr, answer.stderr
+    answer = host.run(f"{connect} </dev/null")
+    assert "Verify return code: 0 (ok)" not in answer.stdout
+
+
+def test_strangers_get_401_everywhere(ask: Any, users: list[list[str]]) -> None:
+    """Without a password, with a wrong one or an unknown name nothing else is ever said."""
+    name, password = users[0]
+    strangers: list[list[str] | None] = [
+        None,
+        [name, "wrong"],
+        [name, ""],
+        [name, password + "x"],
+        ["nobody", password],
+        ["", password],
+    ]
+    requests = [{"path": path, "auth": auth} for path in EVERYWHERE for auth in strangers]
+    for request, answer in zip(requests, ask(*requests), strict=True):
+        assert answer["status"] == 401, (request["path"], answer)
+        assert answer["headers"]["www-authenticate"].startswith("Basic ")
+
+
+def test_no_header_or_method_opens_the_door(ask: Any, users: list[list[str]]) -> None:
+    """Neither a forged user nor a method, a WebSocket, a foreign origin or a large body does."""
+    forged = {
+        "X-Forwarded-User": users[0][0],
+        "Remote-User": users[0][0],
+        "X-Forwarded-For": "127.0.0.1",
+    }
+    requests: list[dict[str, Any]] = [
+        {"path": path} | extra
+        for path in PATHS.values()
+        for extra in (
+            {"headers": forged},
+            {"headers": WEBSOCKET},
+            {"headers": WEBSOCKET | FOREIGN},
+            {"method": "PUT", "size": 5_000_000},
+            {"method": "DELETE"},
+            {"method": "OPTIONS"},
+        )
+    ]
+    assert {answer["status"] for answer in ask(*requests)} == {401}
+
+
+@pytest.mark.usefixtures("upstream")
+def test_each_route_leads_to_its_component(ask: Any, users: list[list[str]]) -> None:
+    """Notebooks and dashboard keep their path, the others find themselves at the root."""
+    ways = {
+        "/jupyter/lab?a=1": "/jupyter/lab?a=1",
+        "/dask/status": "/dask/status",
+        "/mlflow/": "/",
+        "/mlflow/api/2.0/mlflow/runs/search?x=%20y": "/api/2.0/mlflow/runs/search?x=%20y",
+        f"/mlflow{ARTIFACTS}/a%20b%23c": f"{ARTIFACTS}/a%20b%23c",
+        "/minio/api/v1/session": "/api/v1/session",
+        "/inference/loaded_models": "/loaded_models",
+    }
+    answers = ask(*({"path": path, "auth": users[0]} for path in ways))
+    assert [answer["status"] for answer in answers] == [200] * len(ways)
+    assert [json.loads(answer["text"])["path"] for answer in answers] == list(ways.values())
+
+
+@pytest.mark.usefixtures("upstream")
+def test_components_learn_the_user_and_not_the_password(ask: Any, users: list[list[str]]) -> None:
+    """The door says who came from where; what the client claims about that is dropped."""
+    forged = {
+        "X-Forwarded-User": "root",
+        "X_Forwarded_User": "root",
+        "X-Forwarded-For": "203.0.113.5",
+        "X-Forwarded-Host": "evil.example",
+        "Forwarded": "for=203.0.113.5",
+        "X-Real-IP": "203.0.113.5",
+        "Host": "door.example:8443",
+    }
+    paths = [*PATHS.values(), "/dask/status", "/mlflow/api/3.0/mlflow/server-info"]
+    paths.remove("/dask/")
+    for answer in ask(*({"path": path, "auth": users[0], "headers": forged} for path in paths)):
+        seen = json.loads(answer["text"])["headers"]
+        assert seen["x-forwarded-user"] == users[0][0]
+        assert seen["host"] == seen["x-forwarded-host"] == "door.example:8443"
+        assert seen["x-forwarded-for"] == seen["x-real-ip"] != "203.0.113.5"
+        assert seen["x-forwarded-proto"] == "https"
+        assert not {"authorization", "forwarded", "x_forwarded_user"} & seen.keys()
+
+
+@pytest.mark.usefixtures("upstream")
+def test_notebooks_admit_their_owner_only(ask: Any, users: list[list[str]]) -> None:
+    """They run as one Unix account: for every other user that route is as shut as for strangers."""
+    paths = ["/jupyter", "/jupyter/", "/jupyter/lab", "/jupyter/api/kernels"]
+    owner, other = (ask(*({"path": p, "auth": user} for p in paths)) for user in users[:2])
+    assert [answer["status"] for answer in owner] == [302, 200, 200, 200]
+    assert [answer["status"] for answer in other] == [401] * len(paths)
+    (answer,) = ask({"path": "/mlflow/", "auth": users[1]})
+    assert answer["status"] == 200
+
+
+@pytest.mark.usefixtures("upstream")
+def test_websockets_pass_for_pages_of_the_door(ask: Any, users: list[list[str]]) -> None:
+    """A page from elsewhere gets 403, password or not; other upgrades are not handed on."""
+    paths = ["/jupyter/ws", "/dask/status/ws", "/minio/ws/objectManager"]
+
+    def open_them(headers: dict[str, str]) -> list[int]:
+        requests = ({"path": p, "auth": users[0], "headers": WEBSOCKET | headers} for p in paths)
+        return [answer["status"] for answer in ask(*requests)]
+
+    assert open_them({}) == [101] * 3
+    assert open_them({"Host": "door:8443", "Origin": "https://door:8443"}) == [101] * 3
+    for origin in ("https://evil.example", "http://door:8443", "https://door:8444", "null", "x|y"):
+        assert open_them({"Host": "door:8443", "Origin": origin}) == [403] * 3, origin
+    h2c = {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAMAAABk"}
+    for answer in ask(
+        *({"path": p, "auth": users[0], "headers": h2c} for p in PATHS.values() if p != "/dask/")
+    ):
+        assert "upgrade" not in json.loads(answer["text"])["headers"]
+
+
+@pytest.mark.usefixtures("upstream")
+def test_foreign_pages_cannot_write(ask: Any, users: list[list[str]]) -> None:
+    """A form on another site is refused on every route."""
+    requests = [
+        {"path": p, "auth": users[0], "method": "POST", "size": 1, "headers": FOREIGN}
+        for p in PATHS.values()
+    ]
+    assert [answer["status"] for answer in ask(*requests)] == [403] * len(PATHS)
+
+
+@pytest.mark.usefixtures("upstream")
+def test_mlflow_sends_nobody_past_the_door(ask: Any, users: list[list[str]]) -> None:
+    """It offers no transfer with the store itself, and what only its own host may use is shut."""
+    closed = [
+        "/mlflow/ajax-api/3.0/mlflow/assistant/config",
+        "/mlflow/ajax-api/3.0/mlflow/assist%61nt/config",
+        "/mlflow/x/..//ajax-api/3.0/mlflow/assistant",
+        "/mlflow/api/2.0/mlflow-artifacts/presigned/x",
+        "/mlflow/ajax-api/2.0/mlflow-artifacts/mpu/create/x",
+        "/mlflow/api/2.0/mlflow/artifacts/presigned-upload-url",
+    ]
+    assert [a["status"] for a in ask(*({"path": p, "auth": users[0]} for p in closed))] == [
+        403
+    ] * len(closed)
+    infos = [f"/mlflow/{api}/3.0/mlflow/server-info" for api in ("api", "ajax-api")]
+    for answer in ask(*({"path": path, "auth": users[0]} for path in infos)):
+        told = json.loads(answer["text"])
+        assert told["multipart_uploads_enabled"] is told["multipart_downloads_enabled"] is False
+
+
+@pytest.mark.usefixtures("upstream")
+def test_redirects_stay_behind_the_door(ask: Any, users: list[list[str]]) -> None:
+    """A path without its slash, the dashboard's root, a component that believes to be at the root."""
+    ways = {
+        "/mlflow?a=1": "/mlflow/?a=1",
+        "/minio": "/minio/",
+        "/inference": "/inference/",
+        "/jupyter": "/jupyter/",
+        "/dask": "/dask/status",
+        "/dask/": "/dask/status",
+        "/inference/moved": "/inference/docs",
+    }
+    answers = ask(*({"path": path, "auth": users[0]} for path in ways))
+    assert [answer["headers"].get("location") for answer in answers] == list(ways.values())
+
+
+@pytest.mark.usefixtures("upstream")
+def test_large_bodies_pass_without_a_stop_on_disk(
+    host: Any, ask: Any, users: list[list[str]]
+) -> None:
+    """200 MB arrive whole, and nginx never put them into a file."""
+    with host.sudo():
+        since = host.check_output("date +%s")
+    path = f"/mlflow{ARTIFACTS}/big"
+    (answer,) = ask({"path": path, "auth": users[0], "method": "PUT", "size": 200_000_000})
+    assert json.loads(answer["text"])["received"] == 200_000_000
+    with host.sudo():
+        assert "buffered to a temporary file" not in host.check_output(
+            f"journalctl -u {UNIT} --since @{since}"
+        )
+
+
+@pytest.mark.usefixtures("impostor")
+def test_an_impostor_gets_nothing(ask: Any, users: list[list[str]]) -> None:
+    """An upstream without a certificate of the platform sees no request."""
+    requests = [{"path": p + "x", "auth": users[0]} for p in PATHS.values()]
+    assert [answer["status"] for answer in ask(*requests)] == [502] * len(PATHS)
+
+
+def test_says_what_does_not_answer(ask: Any, users: list[list[str]]) -> None:
+    """With nobody behind the door the answer names the unit; people get a page, programs JSON."""
+    for component, path in PATHS.items():
+        program, browser, post = ask(
+            {"path": path + "x", "auth": users[0]},
+            {"path": path + "x", "auth": users[0], "headers": {"Accept": "text/html,*/*"}},
+            {"path": path + "x", "auth": users[0], "method": "POST", "size": 10},
+        )
+        assert program["status"] == browser["status"] == post["status"] == 502
+        assert (
+            program["headers"]["content-type"]
+            == post["headers"]["content-type"]
+            == "application/json"
+        )
+        assert f"odsp-{component}.service" in json.loads(program["text"])["detail"]
+        assert browser["headers"]["content-type"].startswith("text/html")
+        assert f"journalctl --unit odsp-{component}.service" in browser["text"]
+
+
+def test_start_page_links_what_exists(ask: Any, users: list[list[str]]) -> None:
+    """It greets the user, links every route, and notebooks only to their owner."""
+    owner, other, authority = ask(
+        {"path": "/", "auth": users[0]},
+        {"path": "/", "auth": users[1]},
+        {"path": "/ca.crt", "auth": users[1]},
+    )
+    assert f"<b>{users[0][0]}</b>" in owner["text"] and "<!--#" not in owner["text"]
+    for path in PATHS.values():
+        assert f'href="{path}"' in owner["text"]
+        assert (f'href="{path}"' in other["text"]) == (path != "/jupyter/")
+    assert "BEGIN CERTIFICATE" in authority["text"] and "PRIVATE" not in authority["text"]
+
+
+def test_secrets_are_private(host: Any, ask: Any, users: list[list[str]]) -> None:
+    """Hashes and key are for the door only; the journal has no password, query string or header."""
+    with host.sudo():
+        for path in (
+            "/etc/odsp/nginx/htpasswd",
+            "/etc/odsp/nginx/htpasswd-jupyterlab",
+            "/etc/odsp/tls/nginx.key",
+        ):
+            file = host.file(path)
+            assert (file.user, file.group, file.mode) == ("root", "www-data", 0o640)
+        lines = host.file("/etc/odsp/nginx/htpasswd").content_string.splitlines()
+        assert [line.split(":")[0] for line in lines] == sorted(name for name, _ in users)
+        assert all(line.split(":")[1].startswith("$2y$") for line in lines)
+    ask({"path": "/x?token=in-the-query", "auth": users[0], "headers": {"Cookie": "in-the-cookie"}})
+    ask({"path": "/x", "auth": [users[0][1], "mistyped-as-name"]})
+    with host.sudo():
+        journal = host.check_output(f"journalctl -u {UNIT} -o cat")
+    entries = [json.loads(line) for line in journal.splitlines() if line.startswith('{"time"')]
+    assert any(entry["path"] == "/x" and entry["user"] == users[0][0] for entry in entries)
+    assert not any(entry["user"] for entry in entries if entry["status"] == 401)
+    for secret in ("in-the-query", "in-the-cookie", "mistyped-as-name", "Basic "):
+        assert secret not in journal
+
+
+@pytest.mark.usefixtures("upstream")
+def test_reload_keeps_open_websockets(
+    host: Any, inputs: dict[str, Any], users: list[list[str]]
+) -> None:
+    """What is open when the configuration changes goes on."""
+    request = {"path": "/jupyter/ws", "auth": users[0], "headers": WEBSOCKET}
+    heard = run(host, "reload", [inputs["nginx_listen_port"], request])
+    assert heard == ["101", "before", "after", "later"]
+
+
+def test_comes_back_after_a_crash(host: Any, ask: Any, users: list[list[str]]) -> None:
+    """The unit restarts by itself and is as shut as before."""
+    with host.sudo():
+        host.check_output(f"systemctl kill --signal=KILL {UNIT}")
+        wait = (
+            f"for i in $(seq 50); do systemctl is-active -q {UNIT} && exit; sleep 0.2; done; exit 1"
+        )
+        assert host.run(f"sleep 1; {wait}").rc == 0
+    answers = ask({"path": "/"}, {"path": "/", "auth": users[0]})
+    assert [answer["status"] for answer in answers] == [401, 200]
