@@ -92,12 +92,13 @@ def test_one_life_of_a_fragile_model(
         assert json.loads(await other.predict(_body(1)))["prediction"]["doubled"] == [[2]]
         with pytest.raises(RunnerEndedError, match="ended before it answered"):
             await runner.predict(_body(-9))
+        assert await asyncio.to_thread(_is_gone, first)
         with pytest.raises(RunnerNotRunningError):
             await other.predict(_body(1))
         runner.close()
+        other.close()
 
     asyncio.run(ask_all())
-    assert _is_gone(first)
     assert runner.process_id() is None
     assert "RuntimeError: this number is too much" in capfd.readouterr().err
 

@@ -107,6 +107,7 @@ def environment() -> dict[str, str]:
         **os.environ,
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1",  # else a task is only named when it is over
         "ODSP_STATE_DIR": str(STATE),
         "CONTAINERS_CONF": str(STATE / "containers.conf"),
         "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin",

@@ -135,6 +135,7 @@ class ModelServing:
         except (RunnerNotRunningError, RunnerEndedError):
             if self._runners.get(key) is runner:
                 del self._runners[key]
+                runner.close()
             raise
 
     async def _once(

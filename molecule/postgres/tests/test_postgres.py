@@ -18,7 +18,7 @@ def inputs(host: Any) -> dict[str, Any]:
     return dict(host.ansible.get_variables())
 
 
-def psql(host: Any, inputs: dict[str, Any], sql: str, **options: str) -> Any:
+def psql(host: Any, inputs: dict[str, Any], sql: str, options: dict[str, str] | None = None) -> Any:
     """Run SQL on the host as shop's owner over TCP; options replace parts of the connection."""
     shop = inputs["postgres_databases"][0]
     connection = {
@@ -29,7 +29,7 @@ def psql(host: Any, inputs: dict[str, Any], sql: str, **options: str) -> Any:
         "password": shop["password"],
         "sslmode": "verify-full",
         "sslrootcert": scenario.CA,
-        **options,
+        **(options or {}),
     }
     words = " ".join(f"{key}={value}" for key, value in connection.items())
     return host.run("psql --no-psqlrc -v ON_ERROR_STOP=1 -At -c %s %s", sql, words)
@@ -73,7 +73,7 @@ def test_owner_works_in_its_database_over_tls(host: Any, inputs: dict[str, Any])
 )
 def test_refuses(host: Any, inputs: dict[str, Any], options: dict[str, str], reason: str) -> None:
     """Whoever is not named exactly by the inventory stays outside."""
-    answer = psql(host, inputs, "select 1", **options)
+    answer = psql(host, inputs, "select 1", options)
     assert answer.rc != 0
     assert reason in answer.stderr
 
@@ -95,7 +95,9 @@ def test_refuses_another_host(inputs: dict[str, Any]) -> None:
 
 def test_certificate_is_for_this_host_only(host: Any, inputs: dict[str, Any]) -> None:
     """A client that asks for another name notices."""
-    answer = psql(host, inputs, "select 1", host="elsewhere", hostaddr=inputs["odsp_address"])
+    answer = psql(
+        host, inputs, "select 1", {"host": "elsewhere", "hostaddr": inputs["odsp_address"]}
+    )
     assert answer.rc != 0
     assert 'does not match host name "elsewhere"' in answer.stderr
 

@@ -74,7 +74,7 @@ def count_workers(question: dict[str, Any]) -> str:
     if match is None:
         raise BrokenLinkError("its unit does not say --nworkers")
     tell_facts(processes=int(match[1]))
-    return f"{match[1]} processes"
+    return f"processes: {match[1]}"
 
 
 PROTOCOLS = {

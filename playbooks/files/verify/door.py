@@ -6,7 +6,9 @@ import base64
 import http.client
 import json
 import math
+import re
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,8 +47,9 @@ def ask(
         connection.close()
     try:
         return answer.status, json.loads(content)
-    except ValueError:
-        return answer.status, content[:200].decode(errors="replace")
+    except ValueError:  # a page for people
+        page = re.sub(rb"<style.*?</style>|<[^>]*>", b" ", content, flags=re.DOTALL)
+        return answer.status, " ".join(page[:300].decode(errors="replace").split())
 
 
 def expect_ok(method: str, path: str, body: object = None) -> Any:
@@ -54,7 +57,8 @@ def expect_ok(method: str, path: str, body: object = None) -> Any:
     status, answer = ask(method, path, body)
     if status != 200:
         reason = answer.get("detail", answer) if isinstance(answer, dict) else answer
-        raise BrokenLinkError(f"{method} {path} gave {status}: {reason}")
+        fault = "nginx" if status in (401, 403) else ""
+        raise BrokenLinkError(f"{method} {path} gave {status}: {reason}", role=fault)
     return answer
 
 
@@ -100,8 +104,9 @@ def serve(model: dict[str, Any]) -> None:
     flavors = ("pyfunc", "sklearn")
     try:
         with prove("the door loads the model", "model_server", SERVING) as proof:
-            for flavor in flavors:
-                expect_ok("GET", f"/inference/load_model/{name}/{flavor}/{alias}")
+            paths = [f"/inference/load_model/{name}/{flavor}/{alias}" for flavor in flavors]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(expect_ok, ["GET"] * len(paths), paths))
             proof.detail = f"{name} @{alias} as {' and '.join(flavors)}"
         with prove("predictions equal the model's own", "model_server", SERVING) as proof:
             predict(model)

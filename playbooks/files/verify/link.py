@@ -45,7 +45,7 @@ def tell_facts(**facts: object) -> None:
 def sentence(error: BaseException) -> str:
     """Return an error as one line."""
     text = " ".join(str(error).split())
-    kind = "" if isinstance(error, Broken) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, BrokenLinkError) else f"{type(error).__name__}: "
     return (kind + text)[:400]
 
 

@@ -45,7 +45,7 @@ def fit(strength: float) -> dict[str, Any]:
 
 
 def workers_by_host(client: Any, expected: dict[str, int]) -> dict[str, list[str]]:
-    """Return the addresses of every host's workers once all are there, or raise Broken."""
+    """Return the addresses of every host's workers once all are there, or raise BrokenLinkError."""
     deadline = time.monotonic() + SECONDS_TO_JOIN
     while True:
         found: dict[str, list[str]] = {host: [] for host in expected}
