@@ -75,7 +75,7 @@ class Tensor:
         (np.array(["2026-01-02", "NaT"], dtype="datetime64[D]"), ["2026-01-02", None]),
         (np.array([90, "NaT"], dtype="timedelta64[s]"), [90.0, None]),
         (np.datetime64("2026-01-02T03"), "2026-01-02T03"),
-        (np.datetime64("NaT"), None),
+        (np.datetime64("NaT", "D"), None),
         (np.array([]), []),
         (pd.Series([1, 2]), [1, 2]),
         (pd.Series([1.5, None]), [1.5, None]),

@@ -1,4 +1,4 @@
-"""Questions that every component's tests ask: is it confined, is its secret private, does it survive?"""
+"""What every component's tests ask: is it confined, is its secret private, does it survive?"""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ RECIPE = (
     "--skip=cleanup/apt/lists",
     "--customize-hook=find $1/var/lib/apt/lists -type f -delete",
     "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
-    "--customize-hook=systemctl --root=$1 mask systemd-networkd-wait-online.service",
+    # Nobody sits at its console.
+    "--customize-hook=systemctl --root=$1 mask systemd-firstboot.service systemd-networkd-wait-online.service",
 )
 #: Age after which an image is built anew, so that new hosts start from current packages (seconds).
 MAX_AGE_S = 30 * 24 * 3600

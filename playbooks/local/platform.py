@@ -51,10 +51,11 @@ def phase(name: str) -> Iterator[None]:
         say(f"   {name}: {time.monotonic() - started:.0f} s")
 
 
-def run(log_name: str, command: list[str]) -> str:
+def run(log_name: str, command: list[str], *, quiet: bool = False) -> str:
     """Run a program of a phase, show its progress and return its output.
 
-    Shows each play, and the current task every HEARTBEAT_S seconds. Raises PhaseFailedError.
+    Shows each play, and the current task every HEARTBEAT_S seconds; what a failed task said, unless
+    `quiet`. Raises PhaseFailedError.
     """
     log = STATE / "log" / f"{log_name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,8 @@ def run(log_name: str, command: list[str]) -> str:
     done.set()
     output = "".join(lines)
     if code:
-        say(failure(lines))
+        if not quiet:
+            say(failure(lines))
         raise PhaseFailedError(f"{log_name} failed; everything it said is in {log}")
     return output
 
@@ -186,8 +188,7 @@ def up(_: argparse.Namespace) -> None:
                 user = write_credentials()
             with phase("platform: ansible-playbook site.yml"):
                 changes += playbook("site.yml")
-            with phase("proof: ansible-playbook playbooks/verify.yml"):
-                show_links(run("verify", [str(BIN / "ansible-playbook"), "playbooks/verify.yml"]))
+            prove()
         finally:
             if build and build.poll() is None:
                 build.terminate()
@@ -209,20 +210,25 @@ The platform is up: changed={changes}, {time.monotonic() - started:.0f} s.
 """)
 
 
-def show_links(output: str) -> None:
-    """Print the proof's lines, one per link."""
+def prove() -> None:
+    """Walk the data's way and print one line per link; on failure what broke and what to try."""
     verdict = STATE / "verdict.json"
-    if not verdict.exists():
-        say(output[-3000:])
-        return
-    for link in json.loads(verdict.read_text())["links"]:
-        say(f"   {'ok  ' if link['ok'] else 'FAIL'} {link['ms']:7.0f} ms  {link['name']}")
+    verdict.unlink(missing_ok=True)
+    with phase("proof: ansible-playbook playbooks/verify.yml"):
+        try:
+            run("verify", [str(BIN / "ansible-playbook"), "playbooks/verify.yml"], quiet=True)
+        finally:
+            if verdict.exists():
+                found = json.loads(verdict.read_text())
+                for link in found["links"]:
+                    say(f"   {'ok  ' if link['ok'] else 'FAIL'} {link['ms']:7.0f} ms  {link['name']}")
+                if failed := found.get("failure"):
+                    say(f"\n{failed['message']}\n{failed.get('journal', '')}")
 
 
 def verify(_: argparse.Namespace) -> None:
     """Walk the data's way and print one line per link."""
-    with phase("proof: ansible-playbook playbooks/verify.yml"):
-        show_links(run("verify", [str(BIN / "ansible-playbook"), "playbooks/verify.yml"]))
+    prove()
 
 
 def hosts(_: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Row, make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
 from model_server.errors import CatalogUnavailableError
@@ -69,8 +70,13 @@ class Catalog:
 
     def __init__(self, database_url: str) -> None:
         url = make_url(database_url)
-        wait = {"timeout": 30} if url.drivername == "sqlite" else {"connect_timeout": 5}
-        self._engine = create_engine(url, pool_pre_ping=True, connect_args=wait)
+        if url.drivername == "sqlite":
+            # Opening a file is cheap, and nothing is left open behind a thread that ended.
+            self._engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": 30})
+        else:
+            self._engine = create_engine(
+                url, pool_pre_ping=True, connect_args={"connect_timeout": 5}
+            )
         self._prepared = False
         self._preparing = Lock()
 
@@ -211,8 +217,8 @@ def _entry(row: Row[tuple[object, ...]], aliases: list[str]) -> CatalogEntry:
         model=ModelVersion(row.name, row.version, row.digest),
         flavor=row.flavor,
         asked_as=row.asked_as,
-        # SQLite keeps no zone; what was written is UTC.
-        since=since if since.tzinfo else since.replace(tzinfo=UTC),
+        # SQLite keeps no zone, and what was written is UTC; PostgreSQL answers in its own.
+        since=since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC),
         problem=row.problem,
         aliases=aliases,
     )

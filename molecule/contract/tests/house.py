@@ -1,4 +1,4 @@
-"""The repository as its policy tests read it: names, files, roles. A question that finds nothing fails."""
+"""The repository as its policy tests read it. A question that finds nothing fails."""
 
 from __future__ import annotations
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import re
 
 import pytest
-from house import INTERNAL, PUBLIC, ROLES, ROOT, below, defaults, load, name_of, plays, some, tracked
+from house import (
+    INTERNAL,
+    PUBLIC,
+    ROLES,
+    ROOT,
+    below,
+    defaults,
+    load,
+    name_of,
+    plays,
+    some,
+    tracked,
+)
 
 
 def folders(parent: str, marker: str) -> set[str]:

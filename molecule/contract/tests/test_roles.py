@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 import pytest
 from house import (
     PUBLIC,
@@ -98,7 +99,7 @@ def test_tasks_are_named_by_their_outcome(role: str) -> None:
         name = str(task.get("name", ""))
         where = f"{name_of(file)}: {name or task}"
         assert re.match(r"[A-Z][a-z]+ \S", name), where
-        assert name.split()[0] in VERBS_IN_S or not NO_VERBS.match(name), where
+        assert name.split(maxsplit=1)[0] in VERBS_IN_S or not NO_VERBS.match(name), where
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -126,7 +127,9 @@ def test_secrets_stay_out_of_the_output(role: str) -> None:
     """A task of Ansible's own modules that is handed a secret hides what it does."""
     for file, task in tasks(role):
         for module, arguments in task.items():
-            handed = re.search(r"\{\{[^}]*(password|secret_key|private_key)\b[^}]*\}\}", str(arguments))
+            handed = re.search(
+                r"\{\{[^}]*(password|secret_key|private_key)\b[^}]*\}\}", str(arguments)
+            )
             if "." in module and module.rsplit(".")[-1] not in QUIET and handed:
                 assert "no_log" in task, f"{name_of(file)}: {task.get('name')}"
 

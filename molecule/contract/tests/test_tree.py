@@ -12,7 +12,8 @@ from house import PUBLIC, ROOT, below, name_of, some, tracked
 LOCKS = some(
     file
     for file in tracked()
-    if (file.name == "requirements.txt" or file.parent.name == "requirements") and file.suffix == ".txt"
+    if (file.name == "requirements.txt" or file.parent.name == "requirements")
+    and file.suffix == ".txt"
 )
 #: Written in pieces, so that this file passes its own test.
 REGISTRIES = [
@@ -53,7 +54,9 @@ def test_lock_proves_every_byte(lock: Path) -> None:
 def test_lock_holds_what_was_asked_for(lock: Path) -> None:
     """Every requirement of the .in file is in the lock made from it, at the version it names."""
     wanted = re.findall(
-        r"^([A-Za-z0-9._-]+)(?:\[[a-z,]+\])?(==[^\s;#]+)?", lock.with_suffix(".in").read_text(), re.MULTILINE
+        r"^([A-Za-z0-9._-]+)(?:\[[a-z,]+\])?(==[^\s;#]+)?",
+        lock.with_suffix(".in").read_text(),
+        re.MULTILINE,
     )
     text = lock.read_text()
     for name, version in some((n, v) for n, v in wanted if not n.startswith("-")):
@@ -63,7 +66,10 @@ def test_lock_holds_what_was_asked_for(lock: Path) -> None:
 
 def test_compute_has_one_lock() -> None:
     """Scheduler, workers and notebooks are the same environment: links to one file."""
-    locks = {ROOT / f"roles/{r}/files/requirements.txt" for r in ("dask_scheduler", "dask_worker", "jupyterlab")}
+    locks = {
+        ROOT / f"roles/{r}/files/requirements.txt"
+        for r in ("dask_scheduler", "dask_worker", "jupyterlab")
+    }
     assert len({os.path.realpath(lock) for lock in locks}) == 1
     assert sum(not lock.is_symlink() for lock in locks) == 1
 
@@ -72,7 +78,9 @@ def test_no_registry_is_named() -> None:
     """Which registries a machine may reach is its own configuration."""
     for file in tracked():
         text = text_of(file)
-        assert [host for host in REGISTRIES if re.search(rf"(?<![\w.-]){host}\b", text)] == [], name_of(file)
+        assert [host for host in REGISTRIES if re.search(rf"(?<![\w.-]){host}\b", text)] == [], (
+            name_of(file)
+        )
 
 
 def test_no_private_path_is_named() -> None:
@@ -98,7 +106,9 @@ def test_no_vault_file_is_kept_in_the_open() -> None:
 
 def test_shell_programs_stop_at_the_first_error() -> None:
     """A script that goes on after an error proves nothing."""
-    scripts = some(f for f in tracked() if f.suffix == ".sh" or f.name.endswith(".sh.j2") or f.name == "run")
+    scripts = some(
+        f for f in tracked() if f.suffix == ".sh" or f.name.endswith(".sh.j2") or f.name == "run"
+    )
     for file in scripts:
         assert re.search(r"^set -eu", file.read_text(), re.MULTILINE), name_of(file)
 

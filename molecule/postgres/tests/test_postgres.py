@@ -37,7 +37,9 @@ def psql(host: Any, inputs: dict[str, Any], sql: str, options: dict[str, str] | 
 
 def as_superuser(host: Any, sql: str) -> str:
     """Run SQL as the administrator, through the Unix socket."""
-    command = host.run("setpriv --reuid postgres --regid postgres --clear-groups psql -At -c %s", sql)
+    command = host.run(
+        "setpriv --reuid postgres --regid postgres --clear-groups psql -At -c %s", sql
+    )
     assert command.rc == 0, command.stderr
     return str(command.stdout).strip()
 
@@ -66,10 +68,20 @@ def test_owner_works_in_its_database_over_tls(host: Any, inputs: dict[str, Any])
         ({"sslmode": "disable"}, "no encryption"),
         ({"user": "stock", "password": "not-a-secret-of-stock"}, "no pg_hba.conf entry"),
         ({"dbname": "postgres"}, "no pg_hba.conf entry"),
-        ({"dbname": "stock", "user": "stock", "password": "not-a-secret-of-stock"}, "no pg_hba.conf"),
+        (
+            {"dbname": "stock", "user": "stock", "password": "not-a-secret-of-stock"},
+            "no pg_hba.conf",
+        ),
         ({"user": "postgres", "dbname": "postgres"}, "no pg_hba.conf entry"),
     ],
-    ids=["wrong password", "plain text", "other owner", "other database", "other client", "superuser"],
+    ids=[
+        "wrong password",
+        "plain text",
+        "other owner",
+        "other database",
+        "other client",
+        "superuser",
+    ],
 )
 def test_refuses(host: Any, inputs: dict[str, Any], options: dict[str, str], reason: str) -> None:
     """Whoever is not named exactly by the inventory stays outside."""
@@ -159,7 +171,9 @@ def test_empty_password_stops_the_role(host: Any, inputs: dict[str, Any]) -> Non
     """One sentence names the host and the remedy; the server goes on as before."""
     before = scenario.main_pid(host, UNIT)
     bad = [{**inputs["postgres_databases"][0], "password": ""}]
-    run = scenario.site("--tags", "postgres", "--extra-vars", json.dumps({"postgres_databases": bad}))
+    run = scenario.site(
+        "--tags", "postgres", "--extra-vars", json.dumps({"postgres_databases": bad})
+    )
     assert run.returncode != 0
     assert "node-1: postgres_databases gives shop an empty password" in " ".join(run.stdout.split())
     assert "changed=0" in run.stdout

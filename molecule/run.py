@@ -1,0 +1,413 @@
+"""Runs the project's tests, tier by tier: lint, unit, contract, platform, molecule.
+
+Installs what they need into .venv-test from a lock with hashes, prints each tier's name, where it
+is and its seconds, and closes with `N passed, N failed`. The exit status is 0 only if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv-test"
+LOCK = ROOT / ".config/requirements/test.txt"
+#: Where scenarios keep their hosts' state, and the logs of everything; not part of the repository.
+WORK = ROOT / ".ansible/molecule"
+RELEASES = ("bookworm", "trixie")
+#: Longest first, so that none is left alone at the end.
+SCENARIOS = (
+    "model_server",
+    "nginx",
+    "mlflow",
+    "jupyterlab",
+    "dask_worker",
+    "dask_scheduler",
+    "minio",
+    "postgres",
+)
+#: Memory that a scenario's hosts take while it runs (MiB).
+SCENARIO_MIB = 4096
+#: A scenario that takes longer hangs (seconds).
+SCENARIO_LIMIT_S = 1800
+#: Silence after which a long step says that it still works (seconds).
+HEARTBEAT_S = 30
+STEP = re.compile(r"> (\w+)\] (Executing$|Executed: (\w+))")
+ANSI = re.compile(r"\x1b(\[[0-9;]*m|\][^\x1b]*\x1b\\)")
+
+_running: set[subprocess.Popen[str]] = set()
+_print_lock = threading.Lock()
+
+
+@dataclass
+class Score:
+    """What a tier found."""
+
+    passed: int = 0
+    failed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Score) -> None:
+        """Count another score in."""
+        self.passed += other.passed
+        self.failed += other.failed
+        self.failures += other.failures
+
+    def count(self, good: bool, name: str) -> None:
+        """Count one test."""
+        if good:
+            self.passed += 1
+        else:
+            self.failed += 1
+            self.failures.append(name)
+
+
+def say(text: str) -> None:
+    """Print one line at once, whole."""
+    with _print_lock:
+        print(text, flush=True)
+
+
+def say_result(good: bool, started: float, name: str) -> None:
+    """Say what a step came to, and its seconds."""
+    say(f"   {'ok  ' if good else 'FAIL'} {time.monotonic() - started:4.0f} s  {name}")
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Announce a tier and say afterwards what it took."""
+    started = time.monotonic()
+    say(f"\n== {name}")
+    try:
+        yield
+    finally:
+        say(f"== {name}: {time.monotonic() - started:.0f} s")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment of every tool: .venv-test first, this checkout's configuration."""
+    return {
+        **os.environ,
+        "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "YAMLLINT_CONFIG_FILE": str(ROOT / ".config/yamllint.yml"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **extra,
+    }
+
+
+def spawn(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a program in a process group of its own, so that nothing of it outlives us."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    _running.add(process)
+    return process
+
+
+def stop(process: subprocess.Popen[str], sign: int = signal.SIGTERM) -> None:
+    """End a program with everything it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+
+
+def run(
+    command: list[str], *, cwd: Path = ROOT, show: bool = False, **extra: str
+) -> tuple[int, str]:
+    """Run a program; return its status and output, printed as it comes if `show`."""
+    process = spawn(command, cwd, environment(**extra))
+    assert process.stdout is not None
+    spoke, lines = time.monotonic(), []
+    done = threading.Event()
+
+    def heartbeat() -> None:
+        while not done.wait(1):
+            nonlocal spoke
+            if time.monotonic() - spoke > HEARTBEAT_S:
+                spoke = time.monotonic()
+                say(f"   ... {Path(command[0]).name} is at work")
+
+    threading.Thread(target=heartbeat, daemon=True).start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if show:
+                spoke = time.monotonic()
+                say(line.rstrip("\n"))
+        return process.wait(), "".join(lines)
+    finally:
+        done.set()
+        _running.discard(process)
+
+
+def install() -> None:
+    """Make .venv-test as its lock says, unless it is."""
+    digest, marker = hashlib.sha256(LOCK.read_bytes()).hexdigest(), VENV / "odsp-lock"
+    if marker.exists() and marker.read_text() == digest and (VENV / "bin/pytest").exists():
+        return
+    say("installing the tests' tools into .venv-test")
+    uv = ROOT / ".venv/bin/uv"
+    if not uv.exists():
+        subprocess.run([ROOT / "playbooks/local/bootstrap.sh", "--python-only"], check=True)
+    shutil.rmtree(VENV, ignore_errors=True)
+    env = {
+        "SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt",
+        "UV_DEFAULT_INDEX": os.environ.get("PIP_INDEX_URL", ""),
+        **os.environ,
+    }
+    commands: tuple[list[str | Path], ...] = (
+        [uv, "venv", "--quiet", "--python", sys.executable, VENV],
+        [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", VENV / "bin/python", LOCK],
+    )
+    for command in commands:
+        subprocess.run(command, check=True, env=env, cwd=ROOT, stdin=subprocess.DEVNULL)
+    marker.write_text(digest)
+
+
+def tracked(*suffixes: str) -> list[str]:
+    """Return the repository's files with these endings, each once even if links lead to it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
+    names = sorted(name for name in listed.split("\0") if name.endswith(suffixes))
+    files = [name for name in names if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
+    if not files:
+        raise SystemExit(f"no file ends in {' or '.join(suffixes)}: wrong folder?")
+    return files
+
+
+def rendered_scripts(folder: Path) -> list[str]:
+    """Write the shell templates with every expression replaced by 1; return the files."""
+    files = []
+    for name in tracked(".sh.j2"):
+        text = re.sub(r"\{%.*?%\}", "", (ROOT / name).read_text(), flags=re.DOTALL)
+        text = re.sub(r"\{\{.*?\}\}", "1", text, flags=re.DOTALL)
+        target = folder / name.replace("/", "__").removesuffix(".j2")
+        target.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}")
+        files.append(str(target))
+    return files
+
+
+def lint() -> Score:
+    """Every linter over everything it understands; each counts as one test."""
+    score = Score()
+    own = [name for name in tracked(".py") if not name.startswith("model_server/")]
+    scripts = [*tracked(".sh"), ".ci/run"]
+    package = ROOT / "model_server"
+    with tempfile.TemporaryDirectory() as folder:
+        templates = rendered_scripts(Path(folder))
+        checks: list[tuple[str, list[str], Path]] = [
+            ("yamllint", ["yamllint", "--strict", "."], ROOT),
+            ("ruff", ["ruff", "check", "--config", ".config/ruff.toml", *own], ROOT),
+            ("ruff: model_server", ["ruff", "check", "."], package),
+            ("mypy", ["mypy", "--config-file", ".config/mypy.ini", *own], ROOT),
+            ("mypy: model_server", ["mypy"], package),
+            ("shellcheck", ["shellcheck", *scripts], ROOT),
+            # A constant in place of a template's expression looks constant (SC2050) or unused (SC2043).
+            ("shellcheck: templates", ["shellcheck", "--exclude=SC2043,SC2050", *templates], ROOT),
+            ("ansible-lint", ["ansible-lint", "-c", ".config/ansible-lint.yml"], ROOT),
+        ]
+        for name, command, cwd in checks:
+            started = time.monotonic()
+            status, output = run(command, cwd=cwd, NO_COLOR="1")
+            say(
+                f"   {'ok  ' if status == 0 else 'FAIL'} {time.monotonic() - started:4.0f} s  {name}"
+            )
+            if status:
+                say(output.rstrip())
+            score.count(status == 0, f"lint: {name}")
+    return score
+
+
+def pytest(tier: str, *arguments: str, cwd: Path = ROOT) -> Score:
+    """Run pytest, shown as it goes; return its counts."""
+    report = WORK / "log" / f"{tier}.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    status, _ = run(
+        [str(VENV / "bin/python"), "-m", "pytest", f"--junit-xml={report}", *arguments],
+        cwd=cwd, show=True,
+    )  # fmt: skip
+    score = read_report(report)
+    if status and not score.failed:
+        score.count(False, f"{tier}: pytest ended with status {status}")
+    return score
+
+
+def read_report(report: Path) -> Score:
+    """Return what a JUnit report counts; nothing if there is none."""
+    score = Score()
+    if report.exists():
+        for case in ET.parse(report).iter("testcase"):
+            if case.find("skipped") is None:
+                bad = case.find("failure") is not None or case.find("error") is not None
+                score.count(not bad, f"{case.get('classname')}::{case.get('name')}")
+    return score
+
+
+def unit() -> Score:
+    """The model server's own tests."""
+    return pytest("unit", "-q", cwd=ROOT / "model_server")
+
+
+def contract() -> Score:
+    """The repository's promises to itself."""
+    return pytest("contract", "-q", "molecule/contract/tests")
+
+
+def platform() -> Score:
+    """The whole platform on fresh hosts, as a newcomer makes it."""
+    return pytest("platform", "-q", "-s", "molecule/platform/tests")
+
+
+def available_mib() -> int:
+    """Return the memory that new hosts may take."""
+    text = Path("/proc/meminfo").read_text()
+    return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) // 1024  # type: ignore[index]
+
+
+def scenario(name: str, release: str) -> tuple[str, float, Score]:
+    """Run one scenario on one release; return its label, seconds and counts."""
+    label, started = f"{name} {release}", time.monotonic()
+    log, report = (WORK / "log" / f"{name}-{release}{suffix}" for suffix in (".log", ".xml"))
+    report.unlink(missing_ok=True)
+    env = environment(
+        ODSP_DEBIAN_RELEASE=release,
+        MOLECULE_EPHEMERAL_DIRECTORY=str(WORK / f"{name}-{release}"),
+        MOLECULE_PROJECT_DIRECTORY=str(ROOT),
+        MOLECULE_COMMAND_BORDERS="0",
+        PYTEST_ADDOPTS=f"--junit-xml={report}",
+        PYTHONUNBUFFERED="1",
+        ANSIBLE_FORCE_COLOR="0",
+        NO_COLOR="1",
+    )
+    process = spawn(["molecule", "test", "--scenario-name", name], ROOT, env)
+    watch = threading.Timer(SCENARIO_LIMIT_S, stop, (process,))
+    watch.start()
+    score, lines, step, step_started = Score(), [], "", started
+    assert process.stdout is not None
+    with log.open("w") as file:
+        for raw in process.stdout:
+            line = ANSI.sub("", raw)
+            lines.append(line)
+            file.write(line)
+            file.flush()
+            if not (found := STEP.search(line)):
+                continue
+            if found[2] == "Executing":
+                step, step_started = found[1], time.monotonic()
+            elif found[1] == step:
+                good, seconds = found[3] == "Successful", time.monotonic() - step_started
+                say(f"   {label:<24} {step:<12} {seconds:4.0f} s{'' if good else '  FAILED'}")
+                if step in ("converge", "idempotence", "check") or not (good or step == "verify"):
+                    score.count(good, f"{label}: {step}")
+                step = ""
+    status = process.wait()
+    watch.cancel()
+    _running.discard(process)
+    tests = read_report(report)
+    score.add(tests)
+    if status and not score.failed:
+        score.count(False, f"{label}: {step or 'molecule'} ended with status {status}")
+    if not status and not tests.passed:
+        score.count(False, f"{label}: no test ran")
+    if status:
+        say(f"--- {label}: the last lines of {log}\n{''.join(lines[-80:])}")
+        subprocess.run(
+            ["molecule", "destroy", "--scenario-name", name],
+            cwd=ROOT, env=env, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    return label, time.monotonic() - started, score
+
+
+def molecule(roles: tuple[str, ...], releases: tuple[str, ...], jobs: int) -> Score:
+    """Every role alone, on both releases; two scenarios at a time where there is memory for them."""
+    (WORK / "log").mkdir(parents=True, exist_ok=True)
+    bootstrap, python = ROOT / "playbooks/local/bootstrap.sh", ROOT / ".venv/bin/python"
+    steps = [("what hosts in containers need", [str(bootstrap)])]
+    steps += [(f"image of {r}", [str(python), "playbooks/local/image.py", r]) for r in releases]
+    steps += [("MinIO's binary", [str(python), "roles/minio/files/build/build.py"])]
+    score = Score()
+    for name, command in steps:
+        started = time.monotonic()
+        status, output = run(command)
+        say_result(status == 0, started, name)
+        if status:
+            say(output)
+            score.count(False, f"molecule: {name}")
+            return score
+    jobs = jobs or max(1, min(2, os.cpu_count() or 1, available_mib() // SCENARIO_MIB))
+    pairs = [(role, release) for role in roles for release in releases]
+    say(f"   {len(pairs)} scenarios, {jobs} at a time")
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda pair: scenario(*pair), pairs))
+    say("\n   seconds  passed  failed  scenario")
+    for label, seconds, one in sorted(results, key=lambda result: -result[1]):
+        say(f"   {seconds:7.0f}  {one.passed:6}  {one.failed:6}  {label}")
+        score.add(one)
+    return score
+
+
+def end(number: int, _: object) -> None:
+    """Stop everything we started; containers go with their scenarios' next `destroy`."""
+    for process in list(_running):
+        stop(process)
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    """Run the named tiers in order; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    tiers = ("lint", "unit", "contract", "platform", "molecule")
+    parser.add_argument("tiers", nargs="+", choices=tiers)
+    parser.add_argument(
+        "--role", action="append", choices=SCENARIOS, help="of molecule; default: all"
+    )
+    parser.add_argument("--release", action="append", choices=RELEASES, help="default: both")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="scenarios at a time; default: by memory"
+    )
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    roles, releases = tuple(given.role or SCENARIOS), tuple(given.release or RELEASES)
+    actions: dict[str, Callable[[], Score]] = {
+        "lint": lint,
+        "unit": unit,
+        "contract": contract,
+        "platform": platform,
+        "molecule": lambda: molecule(roles, releases, given.jobs),
+    }
+    started, total = time.monotonic(), Score()
+    install()
+    for tier in given.tiers:
+        with timed(tier):
+            score = actions[tier]()
+        say(f"== {tier}: {score.passed} passed, {score.failed} failed")
+        total.add(score)
+    say(f"\nall: {time.monotonic() - started:.0f} s")
+    for failure in total.failures:
+        say(f"FAILED {failure}")
+    say(f"{total.passed} passed, {total.failed} failed")
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
