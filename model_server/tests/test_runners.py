@@ -51,9 +51,12 @@ def _run(use: Callable[[], Awaitable[Any]]) -> Any:
 
 def _is_gone(process: int) -> bool:
     for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return True
         # Of our own children, the dead wait to be looked at.
-        state = Path(f"/proc/{process}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+        if state.rpartition(")")[2].split()[0] == "Z":
             return True
         time.sleep(0.05)
     return False

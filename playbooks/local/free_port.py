@@ -1,15 +1,21 @@
-"""Print the first TCP port of 127.0.0.1 that nothing listens on, from the one named upwards."""
+"""Print a TCP port of 127.0.0.1 that nothing listens on: the one named, else one of a platform's own.
+
+Usage: free_port.py PORT PLATFORM. Platforms that start at the same moment try different ports.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import sys
 
-for port in range(int(sys.argv[1]), 65536):
+wanted = int(sys.argv[1])
+own = 20000 + int(hashlib.sha256(sys.argv[2].encode()).hexdigest(), 16) % 10000
+for port in (wanted, *range(own, own + 1000)):
     with socket.socket() as candidate:
-        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             candidate.bind(("127.0.0.1", port))
+            candidate.listen()
         except OSError:
             continue
     print(port)

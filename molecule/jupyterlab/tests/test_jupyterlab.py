@@ -90,15 +90,18 @@ print(json.dumps([getpass.getuser(), os.getcwd(), sys.prefix, values]))
     assert values == {key: str(value) for key, value in inputs["jupyterlab_environment"].items()}
 
 
-def test_kernels_listen_on_no_port(host: Any, inputs: dict[str, Any]) -> None:
-    """Another account of the host cannot read along: kernels use sockets in a private directory."""
+def test_other_accounts_cannot_read_along(host: Any, inputs: dict[str, Any]) -> None:
+    """A kernel talks to the server by sockets in a private directory, not by ports of the host."""
     code = """
-import json, psutil
-me = psutil.Process()
-print(json.dumps([c.laddr for c in me.net_connections("tcp") if c.status == "LISTEN"]))
+import json
+from ipykernel.connect import get_connection_info
+info = get_connection_info(unpack=True)
+print(json.dumps([info["transport"], info["ip"]]))
 """
-    assert json.loads(cell(host, inputs, code)) == []
-    assert host.file("/run/odsp-jupyterlab").mode == 0o700
+    transport, path = json.loads(cell(host, inputs, code))
+    assert transport == "ipc"
+    directory = host.file(str(Path(path).parent))
+    assert (directory.user, directory.mode) == (inputs["jupyterlab_user"], 0o700)
 
 
 def test_user_adds_packages_but_replaces_none(host: Any, inputs: dict[str, Any]) -> None:

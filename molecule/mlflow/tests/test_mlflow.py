@@ -87,7 +87,9 @@ def python(host: Any, inputs: dict[str, Any], code: str, **values: Any) -> Any:
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def ask(host: Any, inputs: dict[str, Any], url: str = "", certificate: str = CERTIFICATE, **headers: str) -> Any:
+def ask(
+    host: Any, inputs: dict[str, Any], url: str = "", certificate: str = CERTIFICATE, **headers: str
+) -> Any:
     """Return the status of a request to the server, or why there was none."""
     url = url or f"{inputs['odsp_mlflow_url']}/health"
     return python(host, inputs, ASK, url=url, certificate=certificate, headers=headers)
@@ -185,7 +187,9 @@ def test_runs_survive(
     assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
 
 
-def test_database_may_come_back_later(host: Any, inputs: dict[str, Any], written: dict[str, str]) -> None:
+def test_database_may_come_back_later(
+    host: Any, inputs: dict[str, Any], written: dict[str, str]
+) -> None:
     """A restart of PostgreSQL needs no restart of the server."""
     before = scenario.main_pid(host, UNIT)
     host.check_output("systemctl restart odsp-postgres.service")
