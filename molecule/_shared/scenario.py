@@ -64,7 +64,7 @@ def places_of(host: Any, secret: str) -> list[str]:
     host.check_output(f"umask 077; echo {text} | base64 -d > {needle}")
     try:
         looks = {
-            "arguments": f"cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -cF -f {needle}",
+            "arguments": f"cat /proc/[0-9]*/cmdline 2>/dev/null | grep -acF -f {needle}",
             # Without sudo's lines: they quote the tests' own commands.
             "journal": rf"journalctl --no-pager | grep -v ' sudo\[' | grep -cF -f {needle}",
             "files": "find /etc /opt/odsp /run /tmp /usr/local /var -xdev -type f -perm -o=r "

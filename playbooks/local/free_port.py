@@ -1,4 +1,4 @@
-"""Print a TCP port of 127.0.0.1 that nothing listens on: the one named, else one of a platform's own.
+"""Print a TCP port of 127.0.0.1 that nothing listens on: the one named, else a platform's own.
 
 Usage: free_port.py PORT PLATFORM. Platforms that start at the same moment try different ports.
 """

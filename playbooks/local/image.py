@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build the bare Debian image that stands for a new VM, once for each release and package list.
 
-The image holds systemd, an SSH server and Python, nothing of the platform: what a cloud image holds.
+It holds what a cloud image holds: systemd, an SSH server and Python, nothing of the platform.
 It is made by mmdebstrap from Debian's archive, kept in the cache outside the checkout, and imported
 into podman under a name that carries the digest of what made it. Prints that name.
 """
@@ -32,7 +32,10 @@ RECIPE = (
     "--customize-hook=find $1/var/lib/apt/lists -type f -delete",
     "--customize-hook=touch --date=@0 $1/var/lib/apt/lists",
     # Nobody sits at its console.
-    "--customize-hook=systemctl --root=$1 mask systemd-firstboot.service systemd-networkd-wait-online.service",
+    (
+        "--customize-hook=systemctl --root=$1 mask systemd-firstboot.service "
+        "systemd-networkd-wait-online.service"
+    ),
 )
 #: Age after which an image is built anew, so that new hosts start from current packages (seconds).
 MAX_AGE_S = 30 * 24 * 3600

@@ -138,7 +138,8 @@ def machine() -> dict[str, Any]:
 
 def as_root(*command: str) -> list[str]:
     """Return the command, through sudo unless we are root."""
-    return list(command) if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF", *command]
+    sudo = [] if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF"]
+    return [*sudo, *command]
 
 
 def start_build() -> subprocess.Popen[str]:
@@ -150,7 +151,7 @@ def start_build() -> subprocess.Popen[str]:
 
 
 def write_credentials() -> str:
-    """Write what users of the door need beside the state, mode 0600; return the first user's name."""
+    """Write what users of the door need into the state, mode 0600; return the first user's name."""
     values = settings()
     user: str = values["odsp_users"][0]["name"]
     password = values["vault_user_passwords"][user]
@@ -159,7 +160,8 @@ def write_credentials() -> str:
         "netrc": f"machine 127.0.0.1 login {user} password {password}\n",
         "ca.crt": values["vault_ca_certificate"],
     }.items():
-        with open(STATE / name, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        path = STATE / name
+        with open(path, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(text)
     return user
 
@@ -177,10 +179,12 @@ def up(_: argparse.Namespace) -> None:
         build = None if settings().get("minio_binary") else start_build()
         try:
             with phase("hosts: bare Debian systems in containers"):
+                image = str(ROOT / "playbooks/local/image.py")
+                release = settings()["local_debian_release"]
                 subprocess.run(
-                    as_root(sys.executable, str(ROOT / "playbooks/local/image.py"), "--archive-only",
-                            settings()["local_debian_release"]),
-                    check=True, env=environment(), stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+                    as_root(sys.executable, image, "--archive-only", release),
+                    check=True, env=environment(), stdout=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL,
                 )  # fmt: skip
                 changes += playbook("playbooks/local/create.yml")
             with phase("secrets"):
@@ -221,7 +225,8 @@ def prove() -> None:
             if verdict.exists():
                 found = json.loads(verdict.read_text())
                 for link in found["links"]:
-                    say(f"   {'ok  ' if link['ok'] else 'FAIL'} {link['ms']:7.0f} ms  {link['name']}")
+                    result = "ok  " if link["ok"] else "FAIL"
+                    say(f"   {result} {link['ms']:7.0f} ms  {link['name']}")
                 if failed := found.get("failure"):
                     say(f"\n{failed['message']}\n{failed.get('journal', '')}")
 
@@ -261,7 +266,8 @@ def status(_: argparse.Namespace) -> None:
         if state != "running":
             continue
         units = subprocess.run(
-            as_root("podman", "exec", name, "systemctl", "list-units", "--all", "--plain", "--no-legend", "odsp-*.service"),
+            as_root("podman", "exec", name, "systemctl", "list-units", "--all", "--plain",
+                    "--no-legend", "odsp-*.service"),
             env=environment(), capture_output=True, text=True, check=False,
         ).stdout  # fmt: skip
         for line in units.splitlines():
@@ -275,12 +281,14 @@ def shell(arguments: argparse.Namespace) -> None:
     known = machine().get("hosts", {})
     if arguments.host not in known:
         raise PhaseFailedError(
-            f"no host {arguments.host!r}: HOST is one of {', '.join(known) or '(none; run `make up`)'}"
+            f"no host {arguments.host!r}: HOST is one of "
+            + (", ".join(known) or "(none; run `make up`)")
         )
     user = settings()["ansible_user"]
     os.execvp(
         "ssh",
-        ["ssh", "-i", str(STATE / "ssh/id_ed25519"), "-o", f"UserKnownHostsFile={STATE}/ssh/known_hosts",
+        ["ssh", "-i", str(STATE / "ssh/id_ed25519"),
+         "-o", f"UserKnownHostsFile={STATE}/ssh/known_hosts",
          "-o", "IdentitiesOnly=yes", f"{user}@{known[arguments.host]}"],
     )  # fmt: skip
 

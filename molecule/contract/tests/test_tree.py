@@ -1,4 +1,4 @@
-"""What the repository may hold: locks that prove every byte, no secret, no place of anyone's own."""
+"""What the repository may hold: locks that prove every byte, no secret, no private place."""
 
 from __future__ import annotations
 

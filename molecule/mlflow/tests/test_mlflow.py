@@ -1,4 +1,4 @@
-"""What an operator asks of the tracking server: does it answer, refuse, survive, keep its secrets?"""
+"""What an operator asks of MLflow: does it answer, refuse, survive, keep its secrets?"""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def test_refuses_a_certificate_of_another_authority(host: Any, inputs: dict[str,
     made = "/root/odsp-own.pem"
     host.check_output(
         f"umask 077; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
-        f"-subj /CN=mlflow -days 1 -keyout {made} -out {made}.crt 2>/dev/null && cat {made}.crt >> {made}"
+        f"-subj /CN=mlflow -days 1 -keyout {made} -out {made}.crt 2>/dev/null; "
+        f"cat {made}.crt >> {made}"
     )
     try:
         assert ask(host, inputs, certificate=made) != 200

@@ -36,7 +36,8 @@ context = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
 if v["certificate"]:
     context.load_cert_chain(v["certificate"])
 data = json.dumps(v["body"]).encode() if v["body"] is not None else None
-request = urllib.request.Request(v["url"], data, {"Content-Type": "application/json"}, method=v["method"])
+kind = {"Content-Type": "application/json"}
+request = urllib.request.Request(v["url"], data, kind, method=v["method"])
 try:
     with urllib.request.urlopen(request, context=context, timeout=900) as answer:
         status, text = answer.status, answer.read().decode()

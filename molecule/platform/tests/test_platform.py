@@ -1,4 +1,4 @@
-"""The platform as a newcomer gets it: made from nothing by `make up`, used, broken, enlarged, removed.
+"""The platform as a newcomer gets it: made by `make up`, used, broken, enlarged, removed.
 
 A copy of this checkout brings up hosts of its own beside whatever runs on this machine. The tests
 build on each other in this order; `-s` shows how far they are.

@@ -27,7 +27,7 @@ VALID = datetime.timedelta(days=3650)
 
 
 def password(length: int = 32) -> str:
-    """Return a random password of letters and digits (5.95 bits each), safe in URLs and env files."""
+    """Return a random password of letters and digits, safe in URLs and environment files."""
     return "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
@@ -40,12 +40,19 @@ def certificate_authority(site: str) -> dict[str, str]:
             x509.NameAttribute(NameOID.COMMON_NAME, f"ODSP authority of {site}"[:64]),
         ]
     )
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     usage = dict.fromkeys(
         (
-            "digital_signature content_commitment key_encipherment data_encipherment key_agreement "
-            "key_cert_sign crl_sign encipher_only decipher_only"
-        ).split(),
+            "digital_signature",
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "key_cert_sign",
+            "crl_sign",
+            "encipher_only",
+            "decipher_only",
+        ),
         False,
     ) | {"key_cert_sign": True, "crl_sign": True}
     certificate = (

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime, timezone
+from datetime import datetime
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -18,9 +18,20 @@ description:
     interrupted between the change and the restart.
 options:
   name: {description: Unit., type: str, required: true}
-  inputs: {description: Files a running process does not read again; a newer one restarts., type: list, elements: path, default: []}
-  reload_inputs: {description: Files that a reload would read again., type: list, elements: path, default: []}
-  reload: {description: Reload if only reload_inputs are newer; restart otherwise., type: bool, default: false}
+  inputs:
+    description: Files a running process does not read again; a newer one restarts.
+    type: list
+    elements: path
+    default: []
+  reload_inputs:
+    description: Files that a reload would read again.
+    type: list
+    elements: path
+    default: []
+  reload:
+    description: Reload if only reload_inputs are newer; restart otherwise.
+    type: bool
+    default: false
 author: [ODSP]
 """
 
@@ -33,7 +44,9 @@ RETURN = r"""
 action: {description: What was done - none, start, restart or reload., type: str, returned: always}
 """
 
-PROPERTIES = "LoadState,ActiveState,UnitFileState,NeedDaemonReload,StateChangeTimestamp,FragmentPath"
+PROPERTIES = (
+    "LoadState,ActiveState,UnitFileState,NeedDaemonReload,StateChangeTimestamp,FragmentPath"
+)
 
 
 def properties(module: AnsibleModule) -> dict[str, str]:
@@ -44,7 +57,7 @@ def properties(module: AnsibleModule) -> dict[str, str]:
 
 
 def newest(paths: list[str]) -> float:
-    """Return the latest change time of the files that exist, links themselves; seconds since 1970."""
+    """Return the latest change time of the files that exist, of links themselves (Unix time)."""
     return max((os.lstat(path).st_ctime for path in paths if os.path.lexists(path)), default=0.0)
 
 
@@ -53,8 +66,10 @@ def changed_at(state: dict[str, str]) -> float:
     text = state.get("StateChangeTimestamp", "")
     if not text:
         return 0.0
-    moment = datetime.strptime(text, "%a %Y-%m-%d %H:%M:%S.%f %Z")
-    return moment.replace(tzinfo=timezone.utc).timestamp()
+    # systemd writes "UTC", which %Z would read but not believe.
+    return datetime.strptime(
+        text.removesuffix("UTC") + "+0000", "%a %Y-%m-%d %H:%M:%S.%f %z"
+    ).timestamp()
 
 
 def decide(module: AnsibleModule, state: dict[str, str]) -> str:
@@ -85,10 +100,10 @@ def main() -> None:
     state = properties(module)
     if state["LoadState"] != "loaded" and module.check_mode:
         module.exit_json(changed=True, action="start")
-    if state["NeedDaemonReload"] == "yes" or state["LoadState"] == "not-found":
-        if not module.check_mode:
-            module.run_command(["systemctl", "daemon-reload"], check_rc=True)
-            state = properties(module)
+    stale = state["NeedDaemonReload"] == "yes" or state["LoadState"] == "not-found"
+    if stale and not module.check_mode:
+        module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+        state = properties(module)
     action, enabled = decide(module, state), state["UnitFileState"] == "enabled"
     if not module.check_mode:
         if not enabled:

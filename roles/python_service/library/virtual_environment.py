@@ -23,7 +23,11 @@ description:
 options:
   name: {description: Component the environment belongs to., type: str, required: true}
   requirements: {description: Text of the lock; every line with hashes., type: str, required: true}
-  wheels: {description: Wheels on the host to install without dependencies., type: list, elements: path, default: []}
+  wheels:
+    description: Wheels on the host to install without dependencies.
+    type: list
+    elements: path
+    default: []
   root: {description: Directory of all environments., type: path, default: /opt/odsp}
   uv: {description: Path of uv on the host., type: path, default: /opt/odsp/uv/current/uv}
   python: {description: Interpreter to build on., type: path, default: /usr/bin/python3}
@@ -55,7 +59,7 @@ def digest_of(requirements: str, wheels: list[str]) -> str:
 
 
 def install(module: AnsibleModule, path: Path) -> None:
-    """Build the environment in place (its scripts name its path) and mark it complete at the end."""
+    """Build the environment in place (its scripts name its path), then mark it complete."""
     uv, params = module.params["uv"], module.params
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     module.run_command(
@@ -100,7 +104,8 @@ def main() -> None:
     if not os.environ.get("UV_DEFAULT_INDEX"):
         os.environ.pop("UV_DEFAULT_INDEX", None)
     if module.check_mode and not all(map(os.path.exists, module.params["wheels"])):
-        module.exit_json(changed=True, path="", digest="")  # a first dry run: the wheel is not there
+        # A first dry run: the wheel is not there.
+        module.exit_json(changed=True, path="", digest="")
     digest = digest_of(module.params["requirements"], module.params["wheels"])
     home = Path(module.params["root"]) / module.params["name"]
     path, link = home / digest, home / "current"
