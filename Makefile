@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 platform = .venv/bin/python playbooks/local/platform.py
+tests = .venv/bin/python molecule/run.py
 
 .PHONY: help
 help: ## list the targets
@@ -30,6 +31,26 @@ verify: controller ## walk the data's way through the platform, one line per lin
 .PHONY: shell
 shell: controller ## a shell on a host: make shell HOST=core-1
 	@$(platform) shell $(HOST)
+
+.PHONY: test
+test: controller ## what a clone must pass: lint, unit, contract, a platform from nothing; about 15 minutes
+	@$(tests) lint unit contract platform
+
+.PHONY: lint unit contract
+lint: controller ## every linter over everything it understands
+	@$(tests) lint
+unit: controller ## the model server's own tests
+	@$(tests) unit
+contract: controller ## the repository's promises to itself, bad inventories among them
+	@$(tests) contract
+
+.PHONY: molecule
+molecule: controller ## every role alone on Debian 12 and 13; ROLE=mlflow RELEASE=trixie for one
+	@$(tests) molecule $(if $(ROLE),--role $(ROLE)) $(if $(RELEASE),--release $(RELEASE))
+
+.PHONY: test-all
+test-all: controller ## all of it: test and molecule
+	@$(tests) lint unit contract platform molecule
 
 .PHONY: controller
 controller: # what the controller lacks: podman, mmdebstrap, .venv

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -106,7 +107,6 @@ def environment(**extra: str) -> dict[str, str]:
         "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin",
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "YAMLLINT_CONFIG_FILE": str(ROOT / ".config/yamllint.yml"),
-        "PYTHONDONTWRITEBYTECODE": "1",
         **extra,
     }
 
@@ -128,10 +128,14 @@ def stop(process: subprocess.Popen[str], sign: int = signal.SIGTERM) -> None:
 
 
 def run(
-    command: list[str], *, cwd: Path = ROOT, show: bool = False, **extra: str
+    command: list[str],
+    *,
+    cwd: Path = ROOT,
+    show: bool = False,
+    extra: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """Run a program; return its status and output, printed as it comes if `show`."""
-    process = spawn(command, cwd, environment(**extra))
+    process = spawn(command, cwd, environment(**(extra or {})))
     assert process.stdout is not None
     spoke, lines = time.monotonic(), []
     done = threading.Event()
@@ -226,7 +230,7 @@ def lint() -> Score:
         ]
         for name, command, cwd in checks:
             started = time.monotonic()
-            status, output = run(command, cwd=cwd, NO_COLOR="1")
+            status, output = run(command, cwd=cwd, extra={"NO_COLOR": "1"})
             say_result(status == 0, started, name)
             if status:
                 say(output.rstrip())
@@ -281,22 +285,41 @@ def available_mib() -> int:
     return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) // 1024  # type: ignore[index]
 
 
+def journal(machine: Path) -> str:
+    """Return the last words of the components on a scenario's hosts."""
+    known, text = json.loads(machine.read_text()), ""
+    sudo = [] if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF"]
+    for host in known["hosts"]:
+        inside = ["podman", "exec", f"{known['platform']}-{host}", "journalctl", "--no-pager"]
+        _, said = run(
+            [*sudo, *inside, "--output=cat", "--lines=60", "--unit=odsp-*"],
+            extra={"CONTAINERS_CONF": str(machine.parent / "containers.conf")},
+        )
+        text += f"--- {host}: journal of its components\n{said}"
+    return text
+
+
 def scenario(name: str, release: str) -> tuple[str, float, Score]:
     """Run one scenario on one release; return its label, seconds and counts."""
     label, started = f"{name} {release}", time.monotonic()
     log, report = (WORK / "log" / f"{name}-{release}{suffix}" for suffix in (".log", ".xml"))
     report.unlink(missing_ok=True)
-    env = environment(
-        ODSP_DEBIAN_RELEASE=release,
-        MOLECULE_EPHEMERAL_DIRECTORY=str(WORK / f"{name}-{release}"),
-        MOLECULE_PROJECT_DIRECTORY=str(ROOT),
-        MOLECULE_COMMAND_BORDERS="0",
-        PYTEST_ADDOPTS=f"--junit-xml={report}",
-        PYTHONUNBUFFERED="1",
-        ANSIBLE_FORCE_COLOR="0",
-        NO_COLOR="1",
-    )
-    process = spawn(["molecule", "test", "--scenario-name", name], ROOT, env)
+    state = WORK / f"{name}-{release}"
+    own = {
+        "ODSP_DEBIAN_RELEASE": release,
+        "MOLECULE_EPHEMERAL_DIRECTORY": str(state),
+        "MOLECULE_PROJECT_DIRECTORY": str(ROOT),
+        "MOLECULE_COMMAND_BORDERS": "0",
+        "PYTEST_ADDOPTS": f"--junit-xml={report}",
+        "PYTHONUNBUFFERED": "1",
+        "ANSIBLE_FORCE_COLOR": "0",
+        "NO_COLOR": "1",
+    }
+    remove = ["molecule", "destroy", "--scenario-name", name]
+    if state.exists():  # an earlier run was cut off
+        run(remove, extra=own)
+    test = ["molecule", "test", "--destroy=never", "--scenario-name", name]
+    process = spawn(test, ROOT, environment(**own))
     watch = threading.Timer(SCENARIO_LIMIT_S, stop, (process,))
     watch.start()
     score, lines, step, step_started = Score(), [], "", started
@@ -313,7 +336,7 @@ def scenario(name: str, release: str) -> tuple[str, float, Score]:
                 step, step_started = found[1], time.monotonic()
             elif found[1] == step:
                 good, seconds = found[3] != "Failed", time.monotonic() - step_started
-                if found[3] != "Missing":
+                if step != "destroy":
                     say(f"   {label:<24} {step:<12} {seconds:4.0f} s{'' if good else '  FAILED'}")
                 if step in ("converge", "idempotence", "check") or not (good or step == "verify"):
                     score.count(good, f"{label}: {step}")
@@ -328,11 +351,13 @@ def scenario(name: str, release: str) -> tuple[str, float, Score]:
     if not status and not tests.passed:
         score.count(False, f"{label}: no test ran")
     if status:
-        say(f"--- {label}: the last lines of {log}\n{''.join(lines[-80:])}")
-        subprocess.run(
-            ["molecule", "destroy", "--scenario-name", name],
-            cwd=ROOT, env=env, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        journals = "".join(journal(machine) for machine in state.glob("*/machine.json"))
+        say(f"--- {label}: the last lines of {log}\n{''.join(lines[-80:])}{journals}")
+    status, output = run(remove, extra=own)
+    if status:
+        score.count(False, f"{label}: destroy")
+        say(output)
+    shutil.rmtree(state, ignore_errors=True)
     return label, time.monotonic() - started, score
 
 

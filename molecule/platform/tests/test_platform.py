@@ -76,7 +76,7 @@ class Platform:
         """Run a command in the checkout, shown as it goes; return its status and output."""
         started, lines = time.monotonic(), []
         print(f"\n   $ {' '.join(command)}", flush=True)
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             cwd=self.path,
             env=self.environment(),
@@ -84,13 +84,13 @@ class Platform:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if command[0] == "make":
-                print(f"   | {line}", end="", flush=True)
-        status = process.wait()
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if command[0] == "make":
+                    print(f"   | {line}", end="", flush=True)
+            status = process.wait()
         print(f"   {time.monotonic() - started:.0f} s, status {status}", flush=True)
         return status, "".join(lines)
 
@@ -341,8 +341,13 @@ def test_nobody_writes_to_the_store_in_another_name(platform: Platform) -> None:
 
 def run_cell(platform: Platform, code: str) -> str:
     """Run a cell in a kernel, through the door and its WebSocket, as a browser does."""
-    session = requests.Session()
-    session.auth, session.verify = platform.user, platform.ca
+    with requests.Session() as session:
+        session.auth, session.verify = platform.user, platform.ca
+        return run_cell_in(session, platform, code)
+
+
+def run_cell_in(session: requests.Session, platform: Platform, code: str) -> str:
+    """Run a cell with the cookies of a browser's session."""
     base = f"{platform.door}/jupyter/"
     session.get(f"{base}lab", timeout=60).raise_for_status()
     session.headers["X-XSRFToken"] = session.cookies["_xsrf"]
