@@ -67,7 +67,7 @@ def install(module: AnsibleModule, path: Path) -> None:
     )
     lock = path / "requirements.txt"
     lock.write_text(params["requirements"])
-    pip = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", f"{path}/bin/python"]
+    pip = [uv, "pip", "install", "--quiet", "--python", f"{path}/bin/python"]
     module.run_command([*pip, "--require-hashes", "--requirements", str(lock)], check_rc=True)
     if params["wheels"]:
         module.run_command([*pip, "--no-deps", *params["wheels"]], check_rc=True)
