@@ -27,7 +27,9 @@ need openssl openssl
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 if [ "${1:-}" != --python-only ]; then
   need podman podman netavark aardvark-dns
+  # netavark's firewall: iptables on Debian 12, nftables on 13.
   need iptables iptables
+  need nft nftables
   need mmdebstrap mmdebstrap
   [ -e /usr/share/keyrings/debian-archive-trixie-stable.gpg ] || missing+=(debian-archive-keyring)
   [ -x /usr/lib/podman/netavark ] || missing+=(netavark aardvark-dns)
