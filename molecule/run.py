@@ -137,15 +137,16 @@ def run(
     """Run a program; return its status and output, printed as it comes if `show`."""
     process = spawn(command, cwd, environment(**(extra or {})))
     assert process.stdout is not None
-    spoke, lines = time.monotonic(), []
-    done = threading.Event()
+    name = "pytest" if "pytest" in command else Path(command[0]).name
+    started, lines = time.monotonic(), []
+    spoke, done = started, threading.Event()
 
     def heartbeat() -> None:
         while not done.wait(1):
             nonlocal spoke
             if time.monotonic() - spoke > HEARTBEAT_S:
                 spoke = time.monotonic()
-                say(f"   ... {Path(command[0]).name} is at work")
+                say(f"   {spoke - started:4.0f} s  {name} is at work")
 
     threading.Thread(target=heartbeat, daemon=True).start()
     try:

@@ -1,7 +1,7 @@
 """Print a TCP port of 127.0.0.1 that nothing listens on: the one named, else a platform's own.
 
-Usage: free_port.py PORT PLATFORM. With PORT 0 only a port of its own will do, so that platforms which
-start at the same moment try different ones.
+Usage: free_port.py PORT PLATFORM. With PORT 0 only a port of its own will do, so that platforms
+which start at the same moment try different ones.
 """
 
 from __future__ import annotations
