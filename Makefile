@@ -52,6 +52,10 @@ molecule: controller ## every role alone on Debian 12 and 13; ROLE=mlflow RELEAS
 test-all: controller ## all of it: test and molecule
 	@$(tests) lint unit contract platform molecule
 
+.PHONY: docs
+docs: controller ## the tables of inputs in the roles' READMEs, from their argument_specs
+	@.venv/bin/python docs/role_readmes.py
+
 .PHONY: controller
 controller: # what the controller lacks: podman, mmdebstrap, .venv
 	@playbooks/local/bootstrap.sh

@@ -166,16 +166,23 @@ def write_credentials() -> str:
     return user
 
 
-def up(_: argparse.Namespace) -> None:
-    """Bring the platform up from any state, and prove it."""
+@contextmanager
+def locked() -> Iterator[None]:
+    """Let one command at a time change this checkout's hosts. Raises PhaseFailedError."""
     STATE.mkdir(mode=0o700, exist_ok=True)
-    started = time.monotonic()
-    changes = 0
     with (STATE / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PhaseFailedError("another `make up` is at work in this checkout") from None
+            raise PhaseFailedError("another `make` is at work on this checkout's hosts") from None
+        yield
+
+
+def up(_: argparse.Namespace) -> None:
+    """Bring the platform up from any state, and prove it."""
+    started = time.monotonic()
+    changes = 0
+    with locked():
         build = None if settings().get("minio_binary") else start_build()
         try:
             with phase("hosts: bare Debian systems in containers"):
@@ -238,15 +245,16 @@ def verify(_: argparse.Namespace) -> None:
 
 def hosts(_: argparse.Namespace) -> None:
     """Create or start the containers of the inventory, nothing else."""
-    with phase("hosts: bare Debian systems in containers"):
-        STATE.mkdir(mode=0o700, exist_ok=True)
+    with locked(), phase("hosts: bare Debian systems in containers"):
         playbook("playbooks/local/create.yml")
 
 
 def down(_: argparse.Namespace) -> None:
     """Remove the containers, their network and this checkout's state; secrets and caches stay."""
-    with phase("down"):
-        if shutil.which("podman", path=environment()["PATH"]) and STATE.exists():
+    if not STATE.exists():
+        return
+    with locked(), phase("down"):
+        if shutil.which("podman", path=environment()["PATH"]):
             playbook("playbooks/local/destroy.yml")
 
 

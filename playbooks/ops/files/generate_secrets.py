@@ -99,7 +99,13 @@ def missing(present: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Write the file if something was missing."""
     path, wanted = Path(sys.argv[1]), json.load(sys.stdin)
-    present = yaml.safe_load(path.read_text()) if path.exists() else None
+    text = path.read_text() if path.exists() else ""
+    if text.startswith("$ANSIBLE_VAULT"):
+        sys.exit(
+            f"{path} is encrypted: run `ansible-vault decrypt {path}`, generate again, "
+            f"then `ansible-vault encrypt {path}`."
+        )
+    present = yaml.safe_load(text)
     made = missing(present or {}, wanted)
     if not made:
         return

@@ -30,6 +30,7 @@ options:
     default: []
   root: {description: Directory of all environments., type: path, default: /opt/odsp}
   uv: {description: Path of uv on the host., type: path, default: /opt/odsp/uv/current/uv}
+  index_url: {description: Package index, perhaps with credentials; empty for uv's default., type: str, default: ""}
   python: {description: Interpreter to build on., type: path, default: /usr/bin/python3}
 author: [ODSP]
 """
@@ -95,14 +96,15 @@ def main() -> None:
             "wheels": {"type": "list", "elements": "path", "default": []},
             "root": {"type": "path", "default": "/opt/odsp"},
             "uv": {"type": "path", "default": "/opt/odsp/uv/current/uv"},
+            "index_url": {"type": "str", "default": "", "no_log": True},
             "python": {"type": "path", "default": "/usr/bin/python3"},
         },
         supports_check_mode=True,
     )
     os.umask(0o022)
     os.environ["UV_CACHE_DIR"] = "/var/cache/odsp/uv"
-    if not os.environ.get("UV_DEFAULT_INDEX"):
-        os.environ.pop("UV_DEFAULT_INDEX", None)
+    if module.params["index_url"]:
+        os.environ["UV_DEFAULT_INDEX"] = module.params["index_url"]
     if module.check_mode and not all(map(os.path.exists, module.params["wheels"])):
         # A first dry run: the wheel is not there.
         module.exit_json(changed=True, path="", digest="")
