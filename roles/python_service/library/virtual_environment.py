@@ -30,7 +30,7 @@ options:
     default: []
   root: {description: Directory of all environments., type: path, default: /opt/odsp}
   uv: {description: Path of uv on the host., type: path, default: /opt/odsp/uv/current/uv}
-  index_url: {description: Package index, perhaps with credentials; empty for uv's default., type: str, default: ""}
+  index_url: {description: Package index; empty for uv's default., type: str, default: ""}
   python: {description: Interpreter to build on., type: path, default: /usr/bin/python3}
 author: [ODSP]
 """
