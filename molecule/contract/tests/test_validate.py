@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ SECRETS = (
     "vault_model_server_database_password",
 )
 READING_HOSTS = "Read the facts of the hosts"
+READING_SCHEDULER = "Read the release of the scheduler's host"
+DIGEST = hashlib.sha256(Path("/bin/sh").read_bytes()).hexdigest()
 
 Site = dict[str, Any]
 Hosts = dict[str, dict[str, Any]]
@@ -64,6 +69,25 @@ def site() -> Site:
     }
 
 
+class Encrypted(str):
+    """A text that stands in YAML as `!vault`."""
+
+    __slots__ = ()
+
+
+yaml.SafeDumper.add_representer(
+    Encrypted, lambda dumper, text: dumper.represent_scalar("!vault", text, style="|")
+)
+
+
+def program(name: str) -> str:
+    """Return the path of a program of Ansible."""
+    own = ROOT / ".venv/bin" / name
+    found = str(own) if own.exists() else shutil.which(name)
+    assert found, f"{name} is not installed"
+    return found
+
+
 class Refusal:
     """What ansible-playbook said about an inventory."""
 
@@ -73,12 +97,9 @@ class Refusal:
         (folder / "group_vars").mkdir(parents=True, exist_ok=True)
         (folder / "hosts.yml").write_text(yaml.safe_dump(site["groups"]))
         (folder / "group_vars/all.yml").write_text(yaml.safe_dump(site["all"]))
-        own = ROOT / ".venv/bin/ansible-playbook"
-        program = str(own) if own.exists() else shutil.which("ansible-playbook")
-        assert program, "ansible-playbook is not installed"
         chain = ["-i", "inventories/common"] if common else []
         done = subprocess.run(
-            [program, *chain, "-i", str(folder), "playbooks/validate.yml", *arguments],
+            [program("ansible-playbook"), *chain, "-i", str(folder), "playbooks/validate.yml", *arguments],
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_LIBRARY": str(path / "library")},
             capture_output=True,
@@ -108,6 +129,7 @@ def test_accepts_an_inventory_without_a_fault(tmp_path: Path, site: Site) -> Non
     answer = Refusal(tmp_path, site)
     assert answer.returncode == 0, answer.output
     assert READING_HOSTS in answer.output
+    assert READING_SCHEDULER not in answer.output
 
 
 def remove(group: str) -> Callable[[Site], None]:
@@ -206,11 +228,15 @@ STATIC = {
     ),
     "binary with another digest": (
         add("minio", "core-1", minio_binary="/bin/sh", minio_binary_sha256="0" * 64),
-        ["core-1", "minio_binary_sha256", hashlib.sha256(Path("/bin/sh").read_bytes()).hexdigest()],
+        ["core-1", "minio_binary_sha256", DIGEST],
     ),
     "binary that is not there": (
         add("minio", "core-1", minio_binary="/nonexistent", minio_binary_sha256="0" * 64),
         ["core-1", "minio_binary is /nonexistent", "correct the path"],
+    ),
+    "binary by a way that the role does not know": (
+        add("minio", "core-1", minio_binary="ftp://store.example/m", minio_binary_sha256="0" * 64),
+        ["core-1", "minio_binary is ftp://store.example/m", "write the whole path"],
     ),
 }
 
@@ -254,6 +280,158 @@ def test_refuses_secrets_in_plain_text(tmp_path: Path, site: Site) -> None:
     answer = Refusal(tmp_path, site)
     answer.says_before_touching_a_host("vault_minio_root_password", "ansible-vault encrypt")
     assert "not-a-secret" not in answer.output
+
+
+class Vault:
+    """Encrypts as an operator would."""
+
+    def __init__(self, folder: Path) -> None:
+        """Choose a password."""
+        password = folder / "password"
+        password.write_text("opens the vault\n")
+        self.open = ["--vault-password-file", str(password)]
+        self.text = Encrypted(self.run("encrypt_string", "not-a-secret").partition("\n")[2])
+
+    def run(self, *arguments: str) -> str:
+        """Return what ansible-vault prints, without the margin."""
+        done = subprocess.run(
+            [program("ansible-vault"), *arguments, *self.open],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return re.sub("^ +", "", done.stdout, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def vault(tmp_path_factory: pytest.TempPathFactory) -> Vault:
+    """Return a vault that all tests share, as opening it takes time."""
+    return Vault(tmp_path_factory.mktemp("vault"))
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path, site: Site, vault: Vault) -> Site:
+    """Return the good inventory with every secret encrypted on its own."""
+    return site | {
+        "all": site["all"]
+        | dict.fromkeys(SECRETS, vault.text)
+        | {
+            "vault_user_passwords": {"ada": vault.text},
+            "odsp_vault_encryption_required": True,
+            "odsp_vault_file": str(tmp_path / "site/group_vars/all.yml"),
+        }
+    }
+
+
+def test_accepts_secrets_that_are_not_plain(
+    tmp_path: Path, encrypted: Site, vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encrypted one by one, also within a mapping; in an encrypted file; kept elsewhere."""
+    monkeypatch.setenv("ROOT_PASSWORD", "not-a-secret")
+    encrypted["all"]["vault_minio_root_password"] = "{{ lookup('env', 'ROOT_PASSWORD') }}"
+    whole = tmp_path / "site/group_vars/postgres.yml"
+    whole.parent.mkdir(parents=True)
+    whole.write_text("---\nvault_mlflow_database_password: not-a-secret\n")
+    vault.run("encrypt", str(whole))
+    answer = Refusal(tmp_path, encrypted, *vault.open)
+    assert answer.returncode == 0, answer.output
+
+
+def test_refuses_a_mapping_with_one_secret_in_plain_text(
+    tmp_path: Path, encrypted: Site, vault: Vault
+) -> None:
+    """One encrypted value does not cover its neighbour."""
+    encrypted["all"]["vault_user_passwords"]["grace"] = "not-a-secret"
+    answer = Refusal(tmp_path, encrypted, *vault.open)
+    answer.says_before_touching_a_host("vault_user_passwords", "ansible-vault encrypt", "all.yml")
+    assert "not-a-secret" not in answer.output
+
+
+ELSEWHERE = {
+    "variables of a group": ("group_vars/minio.yml", "---\nvault_minio_root_password: {}\n"),
+    "variables of a host": ("host_vars/core-1/keys", "---\nvault_minio_root_password: '{}'\n"),
+    "inventory": (
+        "more.yml",
+        "---\nminio:\n  hosts:\n    core-1:\n      vault_minio_root_password: '{}'\n",
+    ),
+    "INI inventory": ("more", "[minio]\ncore-1 vault_minio_root_password='{}'\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_refuses_secrets_in_plain_text_elsewhere(
+    tmp_path: Path, encrypted: Site, vault: Vault, name: str, text: str
+) -> None:
+    """A secret is as readable in any other file of the inventory."""
+    file = tmp_path / "site" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text.format("not-a-secret"))
+    answer = Refusal(tmp_path, encrypted, *vault.open)
+    answer.says_before_touching_a_host(
+        "core-1", "vault_minio_root_password", f"ansible-vault encrypt {os.path.relpath(file, ROOT)}"
+    )
+    assert "not-a-secret" not in answer.output
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve a program of this machine, two minutes at most; return its URL."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("ODSP_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "store"
+    folder.mkdir()
+    shutil.copy("/bin/sh", folder / "minio")
+    command = ["timeout", "120", sys.executable, "-u", "-m", "http.server", "0"]
+    with (
+        (tmp_path / "store.log").open("w") as log,
+        subprocess.Popen(
+            [*command, "--bind", "127.0.0.1", "--directory", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as server,
+    ):
+        try:
+            assert server.stdout
+            port = re.search(r" port (\d+) ", server.stdout.readline())
+            assert port
+            yield f"http://127.0.0.1:{port[1]}/minio"
+        finally:
+            server.terminate()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]], ids=["run", "check"])
+def test_refuses_an_url_with_another_digest(
+    tmp_path: Path, site: Site, store: str, arguments: list[str]
+) -> None:
+    """A download that is not the one the operator means ends here, not in the role."""
+    add("minio", "core-1", minio_binary=store, minio_binary_sha256="0" * 64)(site)
+    Refusal(tmp_path, site, *arguments).says_before_touching_a_host(
+        "core-1", "minio_binary_sha256 is 0000", f"{store} has {DIGEST}", "correct the digest"
+    )
+
+
+def test_downloads_an_url_once(tmp_path: Path, site: Site, store: str) -> None:
+    """What was proven lies where the role looks for it; that is no change of a host."""
+    add("minio", "core-1", minio_binary=store, minio_binary_sha256=DIGEST)(site)
+    for arguments in (["--check"], []):
+        answer = Refusal(tmp_path, site, *arguments)
+        assert answer.returncode == 0, answer.output
+        assert not re.search(r"changed=[1-9]", answer.output), answer.output
+    assert (tmp_path / f"cache/minio/given-{DIGEST}/minio").is_file()
+    assert (tmp_path / "store.log").read_text().count("GET /minio") == 1
+
+
+def test_asks_for_an_url_only_where_minio_is(tmp_path: Path, site: Site, store: str) -> None:
+    """A store that is away stops MinIO's installation, not the work on another host."""
+    gone = store + "-of-yesterday"
+    add("minio", "core-1", minio_binary=gone, minio_binary_sha256=DIGEST)(site)
+    Refusal(tmp_path, site).says_before_touching_a_host(
+        "core-1", f"minio_binary {gone}", "404", "or remove the variable"
+    )
+    answer = Refusal(tmp_path, site, "--limit", "compute-1")
+    assert answer.returncode == 0, answer.output
 
 
 def test_limit_still_checks_the_whole_inventory(tmp_path: Path, site: Site) -> None:
@@ -314,9 +492,12 @@ def test_refuses_workers_larger_than_their_host(tmp_path: Path, site: Site) -> N
 
 
 FACTS_MODULE = """#!/usr/bin/python
+import json
+import os
 from ansible.module_utils.basic import AnsibleModule
 
-AnsibleModule({}).exit_json(ansible_facts={"ansible_" + k: v for k, v in %r.items()})
+facts = json.loads(os.environ["REPORTED_FACTS"])
+AnsibleModule({}).exit_json(ansible_facts={"ansible_" + k: v for k, v in facts.items()})
 """
 FACTS = {
     "distribution": "Debian",
@@ -328,21 +509,53 @@ FACTS = {
 
 
 def report(path: Path, facts: dict[str, object]) -> dict[str, Any]:
-    """Return host variables under which a host reports the facts given here."""
-    (path / "library").mkdir(exist_ok=True)
-    name = f"facts_{len(list((path / 'library').iterdir()))}"
-    (path / "library" / f"{name}.py").write_text(FACTS_MODULE % facts)
-    return {"ansible_facts_modules": [name]}
+    """Return host variables under which a host reports the facts given here.
+
+    Its Python knows them, so that a host that is asked on behalf of another one tells its own.
+    """
+    folder = path / "library"
+    folder.mkdir(exist_ok=True)
+    (folder / "reported_facts.py").write_text(FACTS_MODULE)
+    python = path / f"python-{len(list(path.glob('python-*')))}"
+    given = shlex.quote(json.dumps(facts))
+    python.write_text(f'#!/bin/sh\nREPORTED_FACTS={given} exec /usr/bin/python3 "$@"\n')
+    python.chmod(0o755)
+    return {
+        "ansible_facts_modules": ["reported_facts"],
+        "ansible_python_interpreter": str(python),
+    }
 
 
-def test_refuses_two_debian_releases_under_dask(tmp_path: Path, site: Site) -> None:
-    """Scheduler, workers and notebooks run one Python."""
+@pytest.mark.parametrize("limit", [[], ["--limit", "compute-2"]], ids=["all", "limit"])
+def test_refuses_two_debian_releases_under_dask(
+    tmp_path: Path, site: Site, limit: list[str]
+) -> None:
+    """Scheduler, workers and notebooks run one Python, also when a worker is added alone."""
     for group in site["groups"].values():
         for name, given in group["hosts"].items():
             release = "12" if name == "compute-2" else "13"
             given.update(report(tmp_path, FACTS | {"distribution_major_version": release}))
-    Refusal(tmp_path, site).says(
+    Refusal(tmp_path, site, *limit).says(
         "two Pythons", "Debian 12 on compute-2", "Debian 13 on compute-1", "ansible_host"
+    )
+
+
+def test_limit_asks_the_scheduler_for_a_worker_only(tmp_path: Path, site: Site) -> None:
+    """Hosts without the one Python have nothing to compare."""
+    answer = Refusal(tmp_path, site, "--limit", "compute-2")
+    assert answer.returncode == 0, answer.output
+    assert READING_SCHEDULER in answer.output
+    site["groups"]["dask_scheduler"]["hosts"]["compute-1"] = copy.copy(UNREACHABLE)
+    answer = Refusal(tmp_path, site, "--limit", "core-1")
+    assert answer.returncode == 0, answer.output
+    assert READING_SCHEDULER not in answer.output
+
+
+def test_limit_refuses_a_worker_whose_scheduler_is_unreachable(tmp_path: Path, site: Site) -> None:
+    """What cannot be compared is not taken for equal."""
+    site["groups"]["dask_scheduler"]["hosts"]["compute-1"] = copy.copy(UNREACHABLE)
+    Refusal(tmp_path, site, "--limit", "compute-2").says(
+        "compute-1", "ansible_host 127.0.0.1", "cannot be reached", "release of compute-2", "start"
     )
 
 

@@ -32,6 +32,18 @@ with Client(sys.argv[1], security=security, timeout=20) as client:
     }, default=str))
 """
 
+RETIRE = """
+import sys
+from distributed import Client, Security
+tls = "/etc/odsp/tls"
+security = Security(tls_ca_file=f"{tls}/ca.crt", tls_client_cert=f"{tls}/dask_worker.crt",
+                    tls_client_key=f"{tls}/dask_worker.key", require_encryption=True)
+with Client(sys.argv[1], security=security, timeout=20) as client:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    own = [key for key, value in workers.items() if value["host"] == sys.argv[2]]
+    client.retire_workers(own[:1], close_workers=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def inputs(host: Any) -> dict[str, Any]:
@@ -127,6 +139,30 @@ def test_stopping_takes_the_workers_out_and_starting_brings_them_back(
     finally:
         host.check_output(f"systemctl start {UNIT}")
     assert len(joined(host, inputs, expected)) == expected
+
+
+def test_a_farewell_costs_nobody_else_the_scheduler(host: Any, inputs: dict[str, Any]) -> None:
+    """While one connection ends, others go on: every restart brings every worker, and it stays."""
+    expected = int(inputs["dask_worker_processes"])
+    for _ in range(6):
+        host.check_output(f"systemctl restart {UNIT}")
+        assert len(joined(host, inputs, expected)) == expected
+        time.sleep(3)  # broken connections were noticed after two seconds
+        assert len(look(host, inputs)["workers"]) == expected
+
+
+def test_a_worker_that_leaves_comes_back(host: Any, inputs: dict[str, Any]) -> None:
+    """A host has all its workers or is on its way to them, whoever retired one."""
+    before = {worker["nanny"] for worker in look(host, inputs)["workers"]}
+    values = (inputs["dask_worker_scheduler_url"], inputs["dask_worker_listen_address"])
+    host.check_output(f"{PYTHON} -c {' '.join(shlex.quote(value) for value in (RETIRE, *values))}")
+    deadline = time.monotonic() + 60
+    while True:
+        after = {worker["nanny"] for worker in look(host, inputs)["workers"]}
+        if len(after) == len(before) and not after & before:
+            return
+        assert time.monotonic() < deadline, (before, after)
+        time.sleep(1)
 
 
 def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:

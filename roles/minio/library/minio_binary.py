@@ -23,7 +23,7 @@ description:
 options:
   binary: {description: Path or URL of the binary; empty builds it., type: str, default: ""}
   sha256: {description: SHA-256 the binary must have., type: str, default: ""}
-  build_program: {description: Program that builds it., type: path, required: true}
+  build_program: {description: Program that builds it; needed without binary., type: path}
   host: {description: Host the binary is for; named in messages., type: str, required: true}
   machine: {description: Architecture of the host as uname names it., type: str, default: x86_64}
 author: [ODSP]
@@ -91,7 +91,10 @@ def given(binary: str, sha256: str) -> Path:
         target.parent.mkdir(exist_ok=True)
         part.replace(target)
     except (OSError, ValueError, urllib.error.URLError) as problem:
-        raise BinaryError(f"minio_binary {binary} cannot be read: {problem}") from problem
+        raise BinaryError(
+            f"minio_binary {binary} cannot be read ({problem}): correct it, or remove the variable"
+            " to build MinIO"
+        ) from problem
     finally:
         part.unlink(missing_ok=True)
     return target
@@ -123,10 +126,11 @@ def main() -> None:
         argument_spec={
             "binary": {"type": "str", "default": ""},
             "sha256": {"type": "str", "default": ""},
-            "build_program": {"type": "path", "required": True},
+            "build_program": {"type": "path"},
             "host": {"type": "str", "required": True},
             "machine": {"type": "str", "default": "x86_64"},
         },
+        required_if=[("binary", "", ["build_program"])],
         supports_check_mode=True,
     )
     params = module.params

@@ -1,1 +1,0 @@
-../../../dask_scheduler/files/preload/announce_lock.py
