@@ -1,14 +1,17 @@
-"""Dask preload of every peer: tell the scheduler from which lock it was installed."""
+"""Dask preload of every peer: announce its lock to the scheduler; workers of a unit end together."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from distributed import versions
+from distributed import Nanny, versions
 
 LOCK = "odsp-lock"
 PackageInfo = Callable[[Iterable[str]], dict[str, str | None]]
@@ -34,3 +37,13 @@ def with_lock(get_package_info: PackageInfo) -> PackageInfo:
 # Dask imports a preload file and then reloads it: the second time there is nothing left to do.
 if not hasattr(versions.get_package_info, "__wrapped__"):
     versions.get_package_info = with_lock(versions.get_package_info)
+
+
+def dask_teardown(peer: Any) -> None:
+    """Stop the unit when one of its nannies ends, that systemd may start all of them anew.
+
+    `dask worker` lives as long as any of its nannies: the host would go on with fewer workers than promised.
+    """
+    of_unit = isinstance(peer, Nanny) and str(os.getpid()) == os.environ.get("SYSTEMD_EXEC_PID")
+    if of_unit and callable(signal.getsignal(signal.SIGTERM)):  # afterwards Dask is stopping already
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,1 @@
+../../dask_scheduler/files/config/peer.py

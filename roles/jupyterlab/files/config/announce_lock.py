@@ -1,1 +1,0 @@
-../../../dask_scheduler/files/config/announce_lock.py
