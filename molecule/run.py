@@ -366,8 +366,9 @@ def molecule(roles: tuple[str, ...], releases: tuple[str, ...], jobs: int) -> Sc
     """Every role alone, on both releases; two scenarios at a time where memory allows."""
     (WORK / "log").mkdir(parents=True, exist_ok=True)
     bootstrap, python = ROOT / "playbooks/local/bootstrap.sh", ROOT / ".venv/bin/python"
+    as_root, image = "playbooks/local/as_root.sh", "playbooks/local/image.py"
     steps = [("what hosts in containers need", [str(bootstrap)])]
-    steps += [(f"image of {r}", [str(python), "playbooks/local/image.py", r]) for r in releases]
+    steps += [(f"image of {r}", [as_root, str(python), image, r]) for r in releases]
     steps += [("MinIO's binary", [str(python), "roles/minio/files/build/build.py"])]
     score = Score()
     for name, command in steps:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # The groups of the contract and what a host in them cannot do without.
 NEEDS: dict[str, tuple[str, ...]] = {
     "postgres": (),
@@ -185,23 +187,99 @@ def secrets(inventory: Inventory) -> Problems:
                 yield f"{who}: {name} is {state}: {generate(inventory)}."
 
 
+Variables = Iterator[tuple[str, yaml.Node]]
+
+
+def entries(node: yaml.Node | None) -> Variables:
+    """Return the keys and values of a mapping, nothing of another node."""
+    if isinstance(node, yaml.MappingNode):
+        yield from ((str(key.value), value) for key, value in node.value)
+
+
+def variables_of_groups(node: yaml.Node | None) -> Variables:
+    """Return the variables in a YAML inventory."""
+    for _, group in entries(node):
+        parts = dict(entries(group))
+        yield from entries(parts.get("vars"))
+        for _, host in entries(parts.get("hosts")):
+            yield from entries(host)
+        yield from variables_of_groups(parts.get("children"))
+
+
+def readable(value: str) -> bool:
+    """Return whether a text is a secret itself: not empty, and no expression that fetches it."""
+    return bool(value.strip()) and not re.fullmatch(r"\s*\{\{.*\}\}\s*", value, re.DOTALL)
+
+
+def plain(node: yaml.Node) -> bool:
+    """Return whether any part of a value is neither encrypted nor fetched from elsewhere."""
+    if isinstance(node, yaml.MappingNode):
+        return any(plain(value) for _, value in entries(node))
+    if isinstance(node, yaml.SequenceNode):
+        return any(plain(value) for value in node.value)
+    if node.tag in ("!vault", "!vault-encrypted") and node.value.startswith("$ANSIBLE_VAULT;"):
+        return False
+    return not node.tag.endswith(":null") and readable(node.value)
+
+
+def plain_secrets(path: Path, *, inventory: bool) -> list[str]:
+    """Return the names of the secrets that anybody can read in a file."""
+    text = path.read_text(errors="replace")
+    if "vault_" not in text or text.startswith("$ANSIBLE_VAULT;"):
+        return []
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        root = None
+    if not isinstance(root, yaml.MappingNode):  # Ansible refuses all but INI and programs itself
+        if os.access(path, os.X_OK):
+            return []
+        lines = re.sub(r"^[ \t]*[#;].*", "", text, flags=re.MULTILINE)
+        value = r"""(\{\{.*?\}\}|"[^"\n]*"|'[^'\n]*'|\S+)"""
+        found = re.findall(rf"(?:^|\s)(vault_\w+)[ \t]*=[ \t]*{value}", lines)
+        return [name for name, given in found if readable(given.strip("\"'"))]
+    variables = variables_of_groups(root) if inventory else entries(root)
+    return [name for name, node in variables if name.startswith("vault_") and plain(node)]
+
+
+def files_below(folder: Path, without: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Return the files that Ansible would read in a folder."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name not in without and name[0] != "."]
+        for path in (Path(place, name) for name in sorted(names) if name[0] != "."):
+            if path.suffix in ("", ".yml", ".yaml", ".json", ".ini") and path.is_file():
+                yield path
+
+
+def variable_files(inventory: Inventory) -> Iterator[tuple[Path, bool]]:
+    """Return each file that may set variables, and whether it is itself an inventory."""
+    yield Path(str(inventory.site().get("odsp_vault_file", ""))), False
+    for source in filter(Path.exists, map(Path, inventory.sources)):  # not for -i name,name
+        folder = source if source.is_dir() else source.parent
+        for name in ("group_vars", "host_vars"):
+            yield from ((path, False) for path in files_below(folder / name))
+        if source.is_dir():
+            yield from ((path, True) for path in files_below(source, ("group_vars", "host_vars")))
+        else:
+            yield source, True
+
+
 def vault(inventory: Inventory) -> Problems:
-    """Secrets of a real site lie encrypted."""
-    site = inventory.site()
-    path = Path(str(site.get("odsp_vault_file", "")))
-    if not site.get("odsp_vault_encryption_required", True) or not path.is_file():
+    """Secrets of a real site lie encrypted, in whichever file of the inventory."""
+    if not inventory.site().get("odsp_vault_encryption_required", True):
         return
-    text = path.read_text()
-    plain = [
-        name
-        for name, value in re.findall(r"^(vault_\w+):[ \t]*(.*)$", text, re.MULTILINE)
-        if not value.startswith("!vault")
-    ]
-    if plain:
-        yield (
-            f"{inventory.members('all')[0]}: odsp_vault_encryption_required is true but"
-            f" {plain[0]} lies in plain text: run `ansible-vault encrypt {os.path.relpath(path)}`."
-        )
+    seen: set[Path] = set()
+    for path, is_inventory in variable_files(inventory):
+        if not path.is_file() or path.resolve() in seen:
+            continue
+        seen.add(path.resolve())
+        for name in plain_secrets(path, inventory=is_inventory)[:1]:
+            members = inventory.members("all")
+            host = next((h for h in members if name in inventory.hosts[h]), members[0])
+            yield (
+                f"{host}: odsp_vault_encryption_required is true but"
+                f" {name} lies in plain text: run `ansible-vault encrypt {os.path.relpath(path)}`."
+            )
 
 
 def workers(inventory: Inventory) -> Problems:
@@ -237,8 +315,13 @@ def object_store(inventory: Inventory) -> Problems:
         if not SHA256.fullmatch(wanted):
             state = f"is {wanted!r}, no SHA-256" if wanted else "is missing beside minio_binary"
             yield f"{host}: minio_binary_sha256 {state}: set it to the 64 digits of `sha256sum`."
+        elif not re.match(r"/|~/|https?://", binary):
+            yield (
+                f"{host}: minio_binary is {binary}, neither an absolute path nor an https URL:"
+                " write the whole path."
+            )
         elif "://" in binary:
-            continue  # the role downloads and proves it before it touches the host
+            continue  # the next task downloads and proves it
         elif not path.is_file():
             yield (
                 f"{host}: minio_binary is {binary}, and there is no such file here: correct the"
@@ -312,9 +395,19 @@ class Host:
         return facts
 
     @property
+    def address(self) -> str:
+        """Return where Ansible looks for the host."""
+        return str(self.variables.get("ansible_host") or self.name)
+
+    @property
     def reached(self) -> bool:
         """Return whether facts of the host are known."""
         return "distribution_major_version" in self.facts
+
+    @property
+    def shares_python(self) -> bool:
+        """Return whether the host's Python must be that of others."""
+        return bool(set(ONE_PYTHON) & set(self.variables["group_names"]))
 
     @property
     def release(self) -> str:
@@ -324,17 +417,20 @@ class Host:
 
 def unreachable(host: Host) -> Problems:
     """A host that does not answer can be neither checked nor changed."""
-    address = host.variables.get("ansible_host") or host.name
     if not (host.variables.get("__validate_facts") or {}).get("unreachable"):
         yield (
-            f"{host.name}: ansible_host {address} lets us in but tells no facts, as shown above:"
-            " install python3 and sudo there, for the account of ansible_user."
+            f"{host.name}: ansible_host {host.address} lets us in but tells no facts, as shown"
+            " above: install python3 and sudo there, for the account of ansible_user."
         )
         return
-    yield (
-        f"{host.name}: ansible_host {address} cannot be reached: start the host, or correct its"
-        f" address, account and key in the inventory, until `ssh {address}` works"
-        " (`make hosts` for hosts in containers)."
+    yield f"{host.name}: ansible_host {host.address} cannot be reached: {start(host)}."
+
+
+def start(host: Host) -> str:
+    """Return the remedy for a host that does not answer."""
+    return (
+        "start the host, or correct its address, account and key in the inventory, until"
+        f" `ssh {host.address}` works (`make hosts` for hosts in containers)"
     )
 
 
@@ -405,7 +501,7 @@ def ports(host: Host) -> Problems:
 
 def one_python(hosts: list[Host]) -> Problems:
     """What is pickled by one Python is unpickled by another only if both are the same."""
-    members = [h for h in hosts if set(ONE_PYTHON) & set(h.variables["group_names"])]
+    members = [host for host in hosts if host.shares_python]
     releases = sorted({host.release for host in members})
     if len(releases) > 1:
         where = "; ".join(
@@ -421,14 +517,34 @@ def one_python(hosts: list[Host]) -> Problems:
 HOST_RULES = (operating_system, architecture, memory, ports)
 
 
-def host_problems(hostvars: Mapping[str, Mapping[str, Any]], names: list[str]) -> list[str]:
-    """Return one sentence per problem of the named hosts."""
+def scheduler_beyond(
+    hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[str]], names: list[str]
+) -> str:
+    """Return the scheduler's host if --limit leaves it out and a named host must match it."""
+    for scheduler in groups.get("dask_scheduler", []):
+        if scheduler not in names and any(Host(n, hostvars[n]).shares_python for n in names):
+            return scheduler
+    return ""
+
+
+def host_problems(
+    hostvars: Mapping[str, Mapping[str, Any]], names: list[str], scheduler: str
+) -> list[str]:
+    """Return one sentence per problem of the named hosts, and of them with a scheduler beyond."""
     hosts = [Host(name, hostvars[name]) for name in names]
     reached = [host for host in hosts if host.reached]
+    beyond = [Host(scheduler, hostvars[scheduler])] if scheduler else []
     return [
         *(problem for host in hosts if host not in reached for problem in unreachable(host)),
         *(problem for rule in HOST_RULES for host in reached for problem in rule(host)),
-        *one_python(reached),
+        *(
+            f"{host.name}: ansible_host {host.address} cannot be reached, to compare it with the"
+            f" Debian release of {listed([h.name for h in hosts if h.shares_python])}:"
+            f" {start(host)}."
+            for host in beyond
+            if not host.reached
+        ),
+        *one_python([*reached, *(host for host in beyond if host.reached)]),
     ]
 
 
@@ -437,4 +553,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., object]]:
         """Return the filters of this file by name."""
-        return {"inventory_problems": inventory_problems, "host_problems": host_problems}
+        return {
+            "inventory_problems": inventory_problems,
+            "scheduler_beyond": scheduler_beyond,
+            "host_problems": host_problems,
+        }

@@ -8,12 +8,6 @@ cd "$root"
 say() { printf '%s\n' "$*"; }
 die() { say "bootstrap: $*" >&2; exit 1; }
 
-as_root() {
-  if [ "$(id -u)" -eq 0 ]; then "$@"
-  elif command -v sudo >/dev/null; then sudo "$@"
-  else die "this step needs root: run as root or install sudo ($*)"; fi
-}
-
 missing=()
 need() { # need COMMAND PACKAGE...: the packages are missing if the command is
   local command=$1; shift
@@ -39,8 +33,9 @@ fi
 if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get >/dev/null || die "this machine lacks ${missing[*]} and is not Debian: install them by hand"
   say "installing Debian packages: ${missing[*]}"
-  as_root apt-get update -qq
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  export DEBIAN_FRONTEND=noninteractive
+  playbooks/local/as_root.sh apt-get update -qq
+  playbooks/local/as_root.sh apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
 lock=.config/requirements/controller.txt

@@ -24,8 +24,14 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-STATE = Path(os.environ.get("ODSP_STATE_DIR") or ROOT / ".odsp")
+STATE = Path(os.environ.get("ODSP_STATE_DIR") or ROOT / ".odsp").absolute()
+CACHE = Path(
+    os.environ.get("ODSP_CACHE_DIR")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odsp"
+).absolute()
 LOCAL = ROOT / "inventories/local"
+#: What needs root goes through it: podman, and whatever makes hosts.
+AS_ROOT = str(ROOT / "playbooks/local/as_root.sh")
 #: Seconds after which a phase without news says what it is doing.
 HEARTBEAT_S = 10
 BIN = Path(sys.executable).parent
@@ -105,20 +111,24 @@ def failure(lines: list[str]) -> str:
 
 def environment() -> dict[str, str]:
     """Return the environment of the playbooks: this checkout's configuration, plain output."""
+    conf = STATE / "containers.conf"
     return {
         **os.environ,
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "1",  # else a task is only named when it is over
         "ODSP_STATE_DIR": str(STATE),
-        "CONTAINERS_CONF": str(STATE / "containers.conf"),
+        "ODSP_CACHE_DIR": str(CACHE),  # the caller's, for root too
+        # podman refuses one that does not exist, as before the first `make up`.
+        "CONTAINERS_CONF": str(conf if conf.exists() else os.devnull),
         "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin",
     }
 
 
-def playbook(name: str, *arguments: str) -> int:
+def playbook(name: str, *, root: bool = False) -> int:
     """Run a playbook as a phase of its own; return how many changes it made."""
-    output = run(Path(name).stem, [str(BIN / "ansible-playbook"), name, *arguments])
+    command = [str(BIN / "ansible-playbook"), name]
+    output = run(Path(name).stem, [AS_ROOT, *command] if root else command)
     return sum(int(n) for n in re.findall(r"\bchanged=(\d+)", output))
 
 
@@ -136,10 +146,10 @@ def machine() -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def as_root(*command: str) -> list[str]:
-    """Return the command, through sudo unless we are root."""
-    sudo = [] if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF"]
-    return [*sudo, *command]
+def authenticate() -> None:
+    """Have sudo ask for its password before a phase begins to talk; it remembers for a while."""
+    if subprocess.run([AS_ROOT, "true"], check=False).returncode:
+        raise SystemExit(1)  # it has said why
 
 
 def start_build() -> subprocess.Popen[str]:
@@ -178,22 +188,33 @@ def locked() -> Iterator[None]:
         yield
 
 
+def make_hosts() -> int:
+    """Create or start the containers of the inventory; return how many changes that made."""
+    with phase("hosts: bare Debian systems in containers"):
+        groups = yaml.safe_load((LOCAL / "hosts.yml").read_text()).values()
+        wanted = {host for group in groups for host in (group or {}).get("hosts") or {}}
+        (CACHE / "images").mkdir(parents=True, exist_ok=True)  # else root would own them
+        if wanted - machine().get("hosts", {}).keys():
+            # The playbook would build it too, but without a word for a minute.
+            image = [str(ROOT / "playbooks/local/image.py"), settings()["local_debian_release"]]
+            build = subprocess.run(
+                [AS_ROOT, sys.executable, *image],
+                check=False, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            if build.returncode:
+                raise PhaseFailedError("hosts cannot be made without their image")
+        return playbook("playbooks/local/create.yml", root=True)
+
+
 def up(_: argparse.Namespace) -> None:
     """Bring the platform up from any state, and prove it."""
     started = time.monotonic()
     changes = 0
+    authenticate()
     with locked():
         build = None if settings().get("minio_binary") else start_build()
         try:
-            with phase("hosts: bare Debian systems in containers"):
-                image = str(ROOT / "playbooks/local/image.py")
-                release = settings()["local_debian_release"]
-                subprocess.run(
-                    as_root(sys.executable, image, "--archive-only", release),
-                    check=True, env=environment(), stdout=subprocess.DEVNULL,
-                    stdin=subprocess.DEVNULL,
-                )  # fmt: skip
-                changes += playbook("playbooks/local/create.yml")
+            changes += make_hosts()
             with phase("secrets"):
                 changes += playbook("playbooks/ops/generate_secrets.yml")
                 user = write_credentials()
@@ -245,17 +266,19 @@ def verify(_: argparse.Namespace) -> None:
 
 def hosts(_: argparse.Namespace) -> None:
     """Create or start the containers of the inventory, nothing else."""
-    with locked(), phase("hosts: bare Debian systems in containers"):
-        playbook("playbooks/local/create.yml")
+    authenticate()
+    with locked():
+        make_hosts()
 
 
 def down(_: argparse.Namespace) -> None:
     """Remove the containers, their network and this checkout's state; secrets and caches stay."""
     if not STATE.exists():
         return
+    authenticate()
     with locked(), phase("down"):
         if shutil.which("podman", path=environment()["PATH"]):
-            playbook("playbooks/local/destroy.yml")
+            playbook("playbooks/local/destroy.yml", root=True)
 
 
 def status(_: argparse.Namespace) -> None:
@@ -264,18 +287,19 @@ def status(_: argparse.Namespace) -> None:
     if not known:
         say("No platform here yet: `make up` makes one.")
         return
+    authenticate()
     for host, address in known["hosts"].items():
         name = f"{known['platform']}-{host}"
         state = subprocess.run(
-            as_root("podman", "container", "inspect", "--format", "{{.State.Status}}", name),
+            [AS_ROOT, "podman", "container", "inspect", "--format", "{{.State.Status}}", name],
             env=environment(), capture_output=True, text=True, check=False,
         ).stdout.strip() or "missing"  # fmt: skip
         say(f"{host:<14} {address:<15} {state}")
         if state != "running":
             continue
         units = subprocess.run(
-            as_root("podman", "exec", name, "systemctl", "list-units", "--all", "--plain",
-                    "--no-legend", "odsp-*.service"),
+            [AS_ROOT, "podman", "exec", name, "systemctl", "list-units", "--all", "--plain",
+             "--no-legend", "odsp-*.service"],
             env=environment(), capture_output=True, text=True, check=False,
         ).stdout  # fmt: skip
         for line in units.splitlines():

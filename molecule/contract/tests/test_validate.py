@@ -30,6 +30,7 @@ SECRETS = (
     "vault_jupyterlab_s3_secret_key",
     "vault_model_server_database_password",
 )
+PLAYBOOK = "playbooks/validate.yml"
 READING_HOSTS = "Read the facts of the hosts"
 READING_SCHEDULER = "Read the release of the scheduler's host"
 DIGEST = hashlib.sha256(Path("/bin/sh").read_bytes()).hexdigest()
@@ -99,7 +100,7 @@ class Refusal:
         (folder / "group_vars/all.yml").write_text(yaml.safe_dump(site["all"]))
         chain = ["-i", "inventories/common"] if common else []
         done = subprocess.run(
-            [program("ansible-playbook"), *chain, "-i", str(folder), "playbooks/validate.yml", *arguments],
+            [program("ansible-playbook"), *chain, "-i", str(folder), PLAYBOOK, *arguments],
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_LIBRARY": str(path / "library")},
             capture_output=True,
@@ -368,9 +369,8 @@ def test_refuses_secrets_in_plain_text_elsewhere(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text.format("not-a-secret"))
     answer = Refusal(tmp_path, encrypted, *vault.open)
-    answer.says_before_touching_a_host(
-        "core-1", "vault_minio_root_password", f"ansible-vault encrypt {os.path.relpath(file, ROOT)}"
-    )
+    remedy = f"ansible-vault encrypt {os.path.relpath(file, ROOT)}"
+    answer.says_before_touching_a_host("core-1", "vault_minio_root_password", remedy)
     assert "not-a-secret" not in answer.output
 
 

@@ -100,6 +100,68 @@ print(json.dumps([ask('PUT', mine, b'x'), ask('GET', mine), ask('DELETE', mine),
     assert answers == [200, 200, 204, 403, 403, 403, 403]
 
 
+def test_user_signs_in_to_the_console_and_administers_nothing(
+    host: Any, inputs: dict[str, Any]
+) -> None:
+    """A person enters with the own password only, and finds the own buckets and nothing else."""
+    code = """
+import ssl, urllib.request
+context = ssl.create_default_context(cafile=v['ca'])
+def ask(path, body=None, cookie=''):
+    headers = {'Content-Type': 'application/json', 'Cookie': cookie}
+    data = body and json.dumps(body).encode()
+    request = urllib.request.Request(v['console'] + path, data, headers)
+    try:
+        answer = urllib.request.urlopen(request, context=context, timeout=20)
+    except urllib.error.HTTPError as refused:
+        answer = refused
+    return answer, answer.status
+def login(name, password):
+    answer, status = ask('/api/v1/login', {'accessKey': name, 'secretKey': password})
+    return (answer.headers['Set-Cookie'] or '').split(';')[0], status
+cookie, right = login(v['name'], v['password'])
+buckets = json.load(ask('/api/v1/buckets', cookie=cookie)[0])['buckets']
+def s3(user, method, path, body=b''):
+    store = holes.Store(v['url'], *user, '', v['ca'])
+    return store.send(store.signed(holes.Request(method, path, body=body))).status
+me, root = (v['name'], v['password']), v['root']
+own, other, users = f"/{v['own']}/odsp-test", f"/{v['other']}", '/minio/admin/v3/list-users'
+print(json.dumps({
+    'logins': [right, login(v['name'], 'not-the-password')[1], login('nobody', v['password'])[1]],
+    'buckets': [bucket['name'] for bucket in buckets],
+    'own': [s3(me, 'PUT', own, b'x'), s3(me, 'GET', own), s3(me, 'DELETE', own)],
+    'others': [s3(me, 'GET', other), s3(me, 'PUT', other + '/x', b'x'),
+               s3(me, 'PUT', '/odsp-test-bucket')],
+    'root lists the users': s3(root, 'GET', users),
+    'the user does': s3(me, 'GET', users),
+}))
+"""
+    name = host.check_output("hostname")
+    user = inputs["minio_users"][0]
+    (own,) = user["buckets"]
+    others = [one["name"] for one in inputs["minio_buckets"] if one["name"] != own]
+    answers = python(
+        host,
+        code,
+        ca=CA,
+        url=f"https://{name}:{inputs.get('minio_listen_port', 9000)}",
+        console=f"https://{name}:{inputs.get('minio_console_port', 9001)}",
+        root=[inputs.get("minio_root_user", "odsp"), inputs["minio_root_password"]],
+        name=user["name"],
+        password=user["password"],
+        own=own,
+        other=others[0],
+    )
+    assert answers == {
+        "logins": [204, 401, 401],
+        "buckets": [own],
+        "own": [200, 200, 204],
+        "others": [403, 403, 403],
+        "root lists the users": 200,
+        "the user does": 403,
+    }
+
+
 def test_nobody_writes_in_another_name(host: Any, inputs: dict[str, Any]) -> None:
     """The holes of the last upstream source are closed; see holes.py."""
     code = """
@@ -136,6 +198,7 @@ def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
         file = host.file(path)
         assert (file.user, file.group, file.mode) == ("root", "minio", 0o640), path
     secrets = [one["secret_key"] for one in inputs["minio_accounts"]]
+    secrets += [one["password"] for one in inputs["minio_users"]]
     secrets.append(inputs["minio_root_password"])
     seen = host.check_output("ps -eo args") + host.check_output(f"journalctl -u {UNIT}")
     seen += host.check_output(f"systemctl show {UNIT}")

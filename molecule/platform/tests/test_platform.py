@@ -329,6 +329,30 @@ def test_unchanged_boto3_works_on_the_store(platform: Platform) -> None:
         store(platform, "wrong-secret-key").list_objects_v2(Bucket="jupyterlab")
 
 
+def test_user_signs_in_to_the_console(platform: Platform) -> None:
+    """MinIO's console takes the name and password of the door, and shows the shared bucket only."""
+    name, password = platform.user
+    base = f"{platform.door}/minio/api/v1"
+    with requests.Session() as session:
+        # Else a variable of the environment outranks the authority given here.
+        session.trust_env = False
+        session.auth, session.verify = platform.user, platform.ca
+
+        def login(secret: str) -> int:
+            body = {"accessKey": name, "secretKey": secret}
+            return session.post(f"{base}/login", json=body, timeout=60).status_code
+
+        assert login("wrong-password") == 401
+        assert session.get(f"{base}/buckets", timeout=60).status_code != 200
+        assert login(password) == 204
+        found = session.get(f"{base}/buckets", timeout=60).json()["buckets"]
+        assert [bucket["name"] for bucket in found] == ["jupyterlab"]
+        assert session.get(f"{base}/buckets/jupyterlab/objects", timeout=60).status_code == 200
+        assert session.get(f"{base}/buckets/mlflow/objects", timeout=60).status_code == 403
+        made = session.post(f"{base}/buckets", json={"name": "platform-test"}, timeout=60)
+        assert made.status_code == 403
+
+
 def test_nobody_writes_to_the_store_in_another_name(platform: Platform) -> None:
     """The authentication holes of the last upstream source are closed in what runs here."""
     address = platform.machine["hosts"][platform.host_of("minio")]

@@ -105,7 +105,13 @@ def main() -> None:
             f"{path} is encrypted: run `ansible-vault decrypt {path}`, generate again, "
             f"then `ansible-vault encrypt {path}`."
         )
-    present = yaml.safe_load(text)
+    try:
+        present = yaml.safe_load(text)
+    except yaml.YAMLError:
+        sys.exit(
+            f"{path} holds single encrypted values or is no YAML: write its values in plain text, "
+            f"generate again, then `ansible-vault encrypt {path}`."
+        )
     made = missing(present or {}, wanted)
     if not made:
         return

@@ -1,8 +1,7 @@
 # Says what the tasks after this one have to do, one word each; four questions in one execution.
-set -u
+set -eu
 [ -z "$(dpkg --audit)" ] || echo pending
 dpkg-query --show --showformat='${db:Status-Status}\n' ca-certificates openssl 2>&1 | grep -qv '^installed$' && echo packages
 # A fresh image may have lists that are young but empty.
 ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 && [ -n "$(find /var/lib/apt/lists -maxdepth 0 -mtime -1)" ] || echo lists
 [ -e "/opt/odsp/uv/$1.complete" ] || echo uv
-exit 0

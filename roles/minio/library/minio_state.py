@@ -1,10 +1,11 @@
 #!/usr/bin/python
-"""Ansible module: the buckets and service accounts of a running MinIO server."""
+"""Ansible module: the buckets, service accounts and users of a running MinIO server."""
 
 from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -22,13 +23,16 @@ except ImportError as absent:
 DOCUMENTATION = r"""
 ---
 module: minio_state
-short_description: Buckets and service accounts of a MinIO server
+short_description: Buckets, service accounts and users of a MinIO server
 description:
   - Waits until the server is ready, creates missing buckets, and makes every account a service
     account of the root user whose policy allows its own buckets and nothing else.
-  - An account is proven by using it. A wrong secret, policy, state or owner is repaired.
-  - Accounts that an earlier run made and that are no longer listed are removed. Buckets are never
-    removed, accounts made by others are never touched.
+  - A user is a person. The console admits users and no service accounts; a user's policy allows
+    the own buckets, and neither another password nor access keys of one's own.
+  - Accounts and users are proven by using them. A wrong secret, policy, state or owner is repaired.
+    A user who gets another password loses the sessions that the former one opened.
+  - Accounts and users that an earlier run made and that are no longer listed are removed. Buckets
+    are never removed, accounts and users made by others are never touched.
 options:
   address: {description: Address the server listens on., type: str, required: true}
   port: {description: Port of the S3 interface., type: int, required: true}
@@ -46,6 +50,15 @@ options:
       name: {description: Access key., type: str, required: true}
       secret_key: {description: Secret key., type: str, required: true}
       buckets: {description: Its buckets., type: list, elements: str, required: true}
+  users:
+    description: The users.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name: {description: Name., type: str, required: true}
+      password: {description: Password., type: str, required: true}
+      buckets: {description: Buckets of this user., type: list, elements: str, required: true}
   timeout: {description: Seconds to wait for the server., type: int, default: 60}
 author: [ODSP]
 """
@@ -61,6 +74,7 @@ EXAMPLES = r"""
     root_password: "{{ minio_root_password }}"
     buckets: [mlflow]
     accounts: [{name: mlflow, secret_key: "{{ secret }}", buckets: [mlflow]}]
+    users: [{name: ada, password: "{{ password }}", buckets: [mlflow]}]
 """
 
 RETURN = r"""
@@ -69,6 +83,8 @@ actions: {description: What was done or would be done., type: list, elements: st
 
 # Written into every account we make; nothing else is ever removed.
 MARK = "odsp"
+# A user has no room for a mark. The policy named like this and the user tells it.
+USER_POLICY = "odsp-user-"
 DESCRIPTION = "Made by the role minio, changes are undone"
 BUCKET_ACTIONS = ["s3:GetBucketLocation", "s3:ListBucket", "s3:ListBucketMultipartUploads"]
 OBJECT_ACTIONS = [
@@ -103,6 +119,14 @@ def policy_for(buckets: list[str]) -> dict[str, Any]:
             },
         ],
     }
+
+
+def policy_for_user(buckets: list[str]) -> dict[str, Any]:
+    """Return the policy of a person, who signs in with the password of the door or not at all."""
+    policy = policy_for(buckets)
+    # Unless denied, all users may change their own password and make access keys that outlive it.
+    policy["Statement"].append({"Effect": "Deny", "Action": ["admin:*"]})
+    return policy
 
 
 def same_policy(one: Any, other: Any) -> bool:
@@ -201,11 +225,35 @@ class Server:
         answer = json.loads(self.admin.list_service_account(self.params["root_user"]))
         return {one["accessKey"] for one in answer["accounts"] or [] if one.get("name") == MARK}
 
-    def opens(self, account: dict[str, Any]) -> bool:
-        """Use an account: does its secret open each of its buckets?"""
-        client = self.client(account["name"], account["secret_key"])
+    def user(self, name: str) -> dict[str, Any] | None:
+        """Return what the server knows of a user, or None."""
         try:
-            for bucket in account["buckets"]:
+            found: dict[str, Any] = json.loads(self.admin.user_info(name))
+        except MinioAdminException as failure:
+            if "XMinioAdminNoSuchUser" in str(failure):
+                return None
+            if "XMinioIAMActionNotAllowed" in str(failure):
+                raise StateError(
+                    f"a service account '{name}' exists that this role did not make;"
+                    " remove it, or choose another name in minio_users"
+                ) from failure
+            raise
+        return found
+
+    def user_policies(self) -> dict[str, Any]:
+        """Return the policies of the users that this module made, by the user's name."""
+        policies = json.loads(self.admin.policy_list())
+        return {
+            name.removeprefix(USER_POLICY): policy
+            for name, policy in policies.items()
+            if name.startswith(USER_POLICY)
+        }
+
+    def opens(self, name: str, secret: str, buckets: list[str]) -> bool:
+        """Use an account or user: does its secret open each of its buckets?"""
+        client = self.client(name, secret)
+        try:
+            for bucket in buckets:
                 # A prefix that no object has: the question matters, not the answer.
                 list(client.list_objects(bucket, prefix=".odsp-credential-check/"))
         except S3Error as failure:
@@ -232,8 +280,32 @@ class Server:
         policy = json.loads(found.get("policy") or "{}")
         if not same_policy(policy, policy_for(account["buckets"])):
             faults.append("policy")
-        if not faults and not self.opens(account):
+        if not faults and not self.opens(
+            account["name"], account["secret_key"], account["buckets"]
+        ):
             faults.append("secret")
+        return faults
+
+    def user_faults(self, user: dict[str, Any], policy: Any) -> list[str]:
+        """Return what is wrong with a user; 'missing' if there is none."""
+        name = user["name"]
+        found = self.user(name)
+        if found is None:
+            return ["missing"]
+        if policy is None:
+            raise StateError(
+                f"a user '{name}' exists that this role did not make;"
+                " remove it, or choose another name in minio_users"
+            )
+        faults = []
+        if found["status"] != "enabled":
+            faults.append("status")
+        if found.get("policyName") != USER_POLICY + name or found.get("memberOf"):
+            faults.append("rights")
+        if not same_policy(policy, policy_for_user(user["buckets"])):
+            faults.append("policy")
+        if not faults and not self.opens(name, user["password"], user["buckets"]):
+            faults.append("password")
         return faults
 
     def repair(self, account: dict[str, Any], faults: list[str]) -> None:
@@ -255,8 +327,39 @@ class Server:
             self.admin.update_service_account(
                 access_key=name, secret_key=secret, policy=policy, status="on"
             )
-        if not self.opens(account):
+        if not self.opens(name, secret, account["buckets"]):
             raise StateError(f"the account '{name}' was written but does not open its buckets")
+
+    def repair_user(self, user: dict[str, Any], faults: list[str]) -> None:
+        """Make a user what it shall be and prove it."""
+        name, password = user["name"], user["password"]
+        # The policy first: a user without one is taken for somebody else's.
+        self.admin.policy_add(USER_POLICY + name, policy=policy_for_user(user["buckets"]))
+        if faults == ["policy"] and self.opens(name, password, user["buckets"]):
+            return
+        if "missing" not in faults:
+            self.remove_user(name)
+        self.admin.user_add(name, password)
+        self.admin.policy_set(USER_POLICY + name, user=name)
+        if not self.opens(name, password, user["buckets"]):
+            raise StateError(f"the user '{name}' was written but does not open the buckets")
+
+    def remove_user(self, name: str) -> None:
+        """Remove a user, and the sessions that would come back to life with the next of the name.
+
+        The user's policy stays; while it does, the user is known for one of ours.
+        """
+        self.admin.user_remove(name)
+        try:
+            self.admin._url_open(  # noqa: SLF001 - the client has no name for this request
+                method="POST",
+                command=SimpleNamespace(value="revoke-tokens/builtin"),
+                query_params={"user": name, "fullRevoke": "true"},
+            )
+        except MinioAdminException as failure:
+            # An older server that a site brings can only let the sessions run out.
+            if "XMinioAdminVersionMismatch" not in str(failure):
+                raise
 
 
 def apply(server: Server, params: dict[str, Any], check_mode: bool) -> list[str]:
@@ -267,17 +370,35 @@ def apply(server: Server, params: dict[str, Any], check_mode: bool) -> list[str]
         actions.append(f"create bucket {bucket}")
         if not check_mode:
             server.root.make_bucket(bucket)
-    for account in params["accounts"]:
-        faults = server.faults(account)
-        if faults:
-            actions.append(f"write account {account['name']} ({', '.join(faults)})")
-            if not check_mode:
-                server.repair(account, faults)
-    wanted = {account["name"] for account in params["accounts"]}
-    for name in sorted(server.own_accounts() - wanted):
+    # Removals first: a name may move from the accounts to the users, or back.
+    policies = server.user_policies()
+    old_accounts = server.own_accounts() - {account["name"] for account in params["accounts"]}
+    old_users = policies.keys() - {user["name"] for user in params["users"]}
+    for name in sorted(old_accounts):
         actions.append(f"remove account {name}")
         if not check_mode:
             server.admin.delete_service_account(name)
+    for name in sorted(old_users):
+        actions.append(f"remove user {name}")
+        if not check_mode:
+            if server.user(name):
+                server.remove_user(name)
+            server.admin.policy_remove(USER_POLICY + name)
+    for account in params["accounts"]:
+        name = account["name"]
+        faults = ["missing"] if name in old_users else server.faults(account)
+        if faults:
+            actions.append(f"write account {name} ({', '.join(faults)})")
+            if not check_mode:
+                server.repair(account, faults)
+    for user in params["users"]:
+        name = user["name"]
+        gone = name in old_accounts
+        faults = ["missing"] if gone else server.user_faults(user, policies.get(name))
+        if faults:
+            actions.append(f"write user {name} ({', '.join(faults)})")
+            if not check_mode:
+                server.repair_user(user, faults)
     return actions
 
 
@@ -302,6 +423,16 @@ def main() -> None:
                     "buckets": {"type": "list", "elements": "str", "required": True},
                 },
             },
+            "users": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "password": {"type": "str", "required": True, "no_log": True},
+                    "buckets": {"type": "list", "elements": "str", "required": True},
+                },
+            },
             "timeout": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
@@ -314,7 +445,7 @@ def main() -> None:
         if not (module.check_mode and isinstance(problem, NotServingError)):
             module.fail_json(msg=str(problem))
         # A dry run before the server or its new root password is there.
-        actions = ["write buckets and accounts"]
+        actions = ["write buckets, accounts and users"]
     except (MinioAdminException, S3Error, urllib3.exceptions.HTTPError) as problem:
         module.fail_json(msg=f"MinIO refused: {problem}")
     module.exit_json(

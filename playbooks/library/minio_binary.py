@@ -1,0 +1,1 @@
+../../roles/minio/library/minio_binary.py
