@@ -168,6 +168,24 @@ def users(inventory: Inventory) -> Problems:
                     f"{doors[0]}: vault_user_passwords has no password for {name}:"
                     f" {generate(inventory)}."
                 )
+    if inventory.members("minio"):
+        yield from store_users(doors[0], names, passwords)
+
+
+def store_users(door: str, names: list[str], passwords: object) -> Problems:
+    """Users sign in to MinIO's console as they do at the door, within MinIO's limits."""
+    for name in dict.fromkeys(names):
+        if not 3 <= len(name) <= 32:
+            yield (
+                f"{door}: odsp_users names {name}, which MinIO cannot take: use a name of 3 to 32"
+                " characters."
+            )
+        password = passwords.get(name) if isinstance(passwords, Mapping) else None
+        if isinstance(password, str) and 0 < len(password) < 8:
+            yield (
+                f"{door}: vault_user_passwords has a password for {name} that MinIO cannot take:"
+                " choose one of 8 characters or more."
+            )
 
 
 def generate(inventory: Inventory) -> str:

@@ -198,6 +198,16 @@ STATIC = {
         give(odsp_users=[{"name": "ada"}, {"name": "grace"}]),
         ["edge-1", "vault_user_passwords", "grace", "generate_secrets.yml"],
     ),
+    "user name too short for the store": (
+        lambda site: site["all"].update(
+            odsp_users=[{"name": "al"}], vault_user_passwords={"al": "not-a-secret"}
+        ),
+        ["edge-1", "odsp_users names al", "3 to 32"],
+    ),
+    "password too short for the store": (
+        give(vault_user_passwords={"ada": "short"}),
+        ["edge-1", "vault_user_passwords", "ada", "8 characters"],
+    ),
     "nobody may enter": (give(odsp_users=[]), ["edge-1", "odsp_users", "set it to"]),
     "user name with a colon": (
         give(odsp_users=[{"name": "ada:x"}]),

@@ -1,3 +1,4 @@
+#!/bin/sh
 # Says what the tasks after this one have to do, one word each; four questions in one execution.
 set -eu
 [ -z "$(dpkg --audit)" ] || echo pending

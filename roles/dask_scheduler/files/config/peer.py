@@ -1,4 +1,4 @@
-"""Dask preload of every peer: announce its lock to the scheduler; workers of a unit end together."""
+"""Dask preload of every peer: announce its lock; workers of one unit end together."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ if not hasattr(versions.get_package_info, "__wrapped__"):
 def dask_teardown(peer: Any) -> None:
     """Stop the unit when one of its nannies ends, that systemd may start all of them anew.
 
-    `dask worker` lives as long as any of its nannies: the host would go on with fewer workers than promised.
+    `dask worker` lives as long as any of its nannies: a host would go on with fewer workers.
     """
     of_unit = isinstance(peer, Nanny) and str(os.getpid()) == os.environ.get("SYSTEMD_EXEC_PID")
-    if of_unit and callable(signal.getsignal(signal.SIGTERM)):  # afterwards Dask is stopping already
+    if of_unit and callable(
+        signal.getsignal(signal.SIGTERM)
+    ):  # afterwards Dask is stopping already
         os.kill(os.getpid(), signal.SIGTERM)
