@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import itertools
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 SEVERAL_HOSTS = ("dask_worker",)
 
 USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+#: What bcrypt looks at; nginx knows no longer passwords.
+BCRYPT_BYTES = 72
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -168,20 +171,36 @@ def users(inventory: Inventory) -> Problems:
                     f"{doors[0]}: vault_user_passwords has no password for {name}:"
                     f" {generate(inventory)}."
                 )
-    if inventory.members("minio"):
-        yield from store_users(doors[0], names, passwords)
+            elif len(str(passwords[name]).encode()) > BCRYPT_BYTES:
+                yield (
+                    f"{doors[0]}: vault_user_passwords has a password for {name} that bcrypt would"
+                    f" cut: choose one of {BCRYPT_BYTES} bytes or less."
+                )
+    for store in inventory.members("minio"):
+        yield from store_users(inventory.hosts[store], doors[0], names, passwords)
 
 
-def store_users(door: str, names: list[str], passwords: object) -> Problems:
+def store_users(
+    store: Mapping[str, Any], door: str, names: list[str], passwords: object
+) -> Problems:
     """Users sign in to MinIO's console as they do at the door, within MinIO's limits."""
+    if not store.get("minio_users_buckets"):
+        return  # then nobody is a user of MinIO
+    taken = {account.get("name") for account in store.get("minio_accounts") or []}
+    taken.add(store.get("minio_root_user", "odsp"))
     for name in dict.fromkeys(names):
-        if not 3 <= len(name) <= 32:
+        if len(name) < 3:
             yield (
-                f"{door}: odsp_users names {name}, which MinIO cannot take: use a name of 3 to 32"
-                " characters."
+                f"{door}: odsp_users names {name}, which MinIO cannot take: use a name of 3"
+                " characters or more."
+            )
+        if name in taken:
+            yield (
+                f"{door}: odsp_users names {name}, which is an account of MinIO already: use"
+                " another name."
             )
         password = passwords.get(name) if isinstance(passwords, Mapping) else None
-        if isinstance(password, str) and 0 < len(password) < 8:
+        if password and len(str(password)) < 8:
             yield (
                 f"{door}: vault_user_passwords has a password for {name} that MinIO cannot take:"
                 " choose one of 8 characters or more."
@@ -517,6 +536,34 @@ def ports(host: Host) -> Problems:
                 break
 
 
+def ports_apart(host: Host) -> Problems:
+    """Two components of one host need two ports."""
+    wanted = [entry for entry in host.variables.get("odsp_listeners", []) if int(entry["port"])]
+    for one, other in itertools.combinations(wanted, 2):
+        addresses = {one["address"], other["address"]}
+        if int(one["port"]) == int(other["port"]) and (len(addresses) == 1 or "" in addresses):
+            yield (
+                f"{host.name}: {one['variable']} and {other['variable']} are both"
+                f" {one['port']}: give {other['role']} another port in {other['variable']}."
+            )
+
+
+def own_address(host: Host) -> Problems:
+    """Components listen on the address that others use for their host."""
+    given = host.variables.get
+    address = str(given("odsp_address") or "")
+    binds = any(entry["address"] == address for entry in given("odsp_listeners") or [])
+    known = (given("__validate_listeners") or {}).get("addresses")
+    if known is None or not (binds or "dask_worker" in host.variables["group_names"]):
+        return
+    if address not in known:
+        others = [ip for ip in known if not ipaddress.ip_address(ip).is_loopback]
+        yield (
+            f"{host.name}: odsp_address is {address}, which is no IP address of this host: set"
+            f" odsp_address to the one that other hosts use, of {', '.join(others) or 'none'}."
+        )
+
+
 def one_python(hosts: list[Host]) -> Problems:
     """What is pickled by one Python is unpickled by another only if both are the same."""
     members = [host for host in hosts if host.shares_python]
@@ -532,7 +579,7 @@ def one_python(hosts: list[Host]) -> Problems:
         )
 
 
-HOST_RULES = (operating_system, architecture, memory, ports)
+HOST_RULES = (operating_system, architecture, memory, own_address, ports_apart, ports)
 
 
 def scheduler_beyond(

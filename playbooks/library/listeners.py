@@ -1,8 +1,9 @@
 #!/usr/bin/python
-"""Ansible module: which process of which unit listens on a TCP port. Changes nothing."""
+"""Ansible module: who listens on TCP ports, and which addresses the host has. Changes nothing."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from ansible.module_utils.basic import AnsibleModule
 DOCUMENTATION = r"""
 ---
 module: listeners
-short_description: Tell who listens on TCP ports of this host
-description: Reads C(ss) and the control group of each listening process. Needs root to see them.
+short_description: Tell who listens on TCP ports of this host, and which addresses it has
+description: Reads C(ss), C(ip) and control groups of listening processes. Needs root for them.
 options:
   ports: {description: Ports to look at., type: list, elements: int, required: true}
 author: [ODSP]
@@ -26,6 +27,10 @@ EXAMPLES = r"""
 RETURN = r"""
 listeners:
   description: One entry per listening process - port, address, pid, program and systemd unit.
+  type: list
+  returned: always
+addresses:
+  description: IP addresses of this host.
   type: list
   returned: always
 """
@@ -69,7 +74,10 @@ def main() -> None:
     if ports:
         ss = module.get_bin_path("ss", required=True, opt_dirs=["/usr/sbin", "/usr/bin"])
         _, out, _ = module.run_command([ss, "-Hltnp"], check_rc=True)
-    module.exit_json(changed=False, listeners=listeners(out, ports))
+    ip = module.get_bin_path("ip", required=True, opt_dirs=["/usr/sbin", "/usr/bin", "/sbin"])
+    links = json.loads(module.run_command([ip, "-json", "address"], check_rc=True)[1])
+    addresses = [entry["local"] for link in links for entry in link.get("addr_info", [])]
+    module.exit_json(changed=False, listeners=listeners(out, ports), addresses=addresses)
 
 
 if __name__ == "__main__":

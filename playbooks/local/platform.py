@@ -273,12 +273,11 @@ def hosts(_: argparse.Namespace) -> None:
 
 def down(_: argparse.Namespace) -> None:
     """Remove the containers, their network and this checkout's state; secrets and caches stay."""
-    if not STATE.exists():
-        return
+    if not shutil.which("podman", path=environment()["PATH"]):
+        return  # then there never was a host
     authenticate()
     with locked(), phase("down"):
-        if shutil.which("podman", path=environment()["PATH"]):
-            playbook("playbooks/local/destroy.yml", root=True)
+        playbook("playbooks/local/destroy.yml", root=True)
 
 
 def status(_: argparse.Namespace) -> None:

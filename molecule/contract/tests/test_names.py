@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 from house import (
     INTERNAL,
     PUBLIC,
@@ -16,6 +17,7 @@ from house import (
     name_of,
     plays,
     some,
+    tasks,
     tracked,
 )
 
@@ -116,3 +118,39 @@ def test_no_host_is_called_like_a_group() -> None:
         hosts = {host for group in groups.values() for host in (group or {}).get("hosts") or {}}
         assert hosts.isdisjoint({*PUBLIC, *INTERNAL}), name_of(file)
         assert groups.keys() <= {"all", *PUBLIC}, name_of(file)
+
+
+def test_the_cluster_example_shows_every_knob() -> None:
+    """What a site may set stands in `inventories/cluster`; if commented out, at its default."""
+    contract = {
+        name: value
+        for file in below("inventories/common/group_vars/all", suffix=".yml")
+        for name, value in load(file).items()
+    }
+    # Components give these to the roles they build on; python_service knows no other callers.
+    given = {name for role in ROLES for _, task in tasks(role) for name in task.get("vars", {})}
+    knobs = {
+        name: value
+        for role in ROLES
+        if role != "python_service"
+        for name, value in defaults(role).items()
+        if name not in contract and not (role in INTERNAL and name in given)
+    }
+    # The rest of the contract is derived: it has expressions for values.
+    meant = ("odsp_address", "odsp_door_host", "odsp_vault_file")
+    knobs |= {
+        name: value
+        for name, value in contract.items()
+        if name.endswith("_extra")
+        or name in meant
+        or (name.startswith("odsp_") and not isinstance(value, dict) and "{{" not in str(value))
+    }
+    del knobs["odsp_inventory_contract"]
+
+    text = "\n".join(file.read_text() for file in below("inventories/cluster", suffix=".yml"))
+    shown = set(re.findall(r"(?:^ *(?:# )?|[{,] ?)(\w+):", text, re.MULTILINE))
+    assert sorted({*knobs, "odsp_users"} - shown) == []
+    for line in some(re.findall(r"^ *# ([a-z]+_[a-z0-9_]+: .+)$", text, re.MULTILINE)):
+        ((name, value),) = yaml.safe_load(line).items()
+        assert name in knobs, f"{name} is no knob"
+        assert value == knobs[name], f"{name} is {knobs[name]!r} by default"

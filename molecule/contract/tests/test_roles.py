@@ -139,8 +139,17 @@ def test_own_modules_hide_the_secrets_they_are_given(role: str) -> None:
     """An option of our own module that holds a secret is declared as one."""
     for file in (f for f in below("roles", role) if f.parent.name == "library"):
         for option in re.findall(r'"(\w*(?:password|secret_key)\w*)": \{', file.read_text()):
-            declared = re.search(rf'"{option}": \{{[^}}]*"no_log": (True|False)', file.read_text())
+            declared = re.search(rf'"{option}": \{{[^}}]*"no_log": True', file.read_text())
             assert declared is not None, f"{name_of(file)}: {option}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_inputs_that_are_secrets_say_so(role: str) -> None:
+    """Ansible shows no input in an error that its specification calls a secret."""
+    text = (ROOT / "roles" / role / "meta/argument_specs.yml").read_text()
+    named = re.compile(r"(?m)^( +)(\w*(?:password|secret_key|private_key)):\n((?:\1  .*\n)+)")
+    for found in named.finditer(text):
+        assert "no_log: true" in found[3], f"{role}: {found[2]}"
 
 
 @pytest.mark.parametrize("role", ROLES)

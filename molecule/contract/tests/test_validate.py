@@ -63,6 +63,7 @@ def site() -> Site:
             "vault_user_passwords": {"ada": "not-a-secret"},
             "odsp_vault_encryption_required": False,
             "ansible_connection": "local",
+            "odsp_address": "127.0.0.1",
             "ansible_become": False,
             "ansible_python_interpreter": "/usr/bin/python3",
             **dict.fromkeys(SECRETS, "not-a-secret"),
@@ -202,7 +203,17 @@ STATIC = {
         lambda site: site["all"].update(
             odsp_users=[{"name": "al"}], vault_user_passwords={"al": "not-a-secret"}
         ),
-        ["edge-1", "odsp_users names al", "3 to 32"],
+        ["edge-1", "odsp_users names al", "3 characters"],
+    ),
+    "user named like an account of the store": (
+        lambda site: site["all"].update(
+            odsp_users=[{"name": "mlflow"}], vault_user_passwords={"mlflow": "not-a-secret"}
+        ),
+        ["edge-1", "odsp_users names mlflow", "use another name"],
+    ),
+    "password too long for bcrypt": (
+        give(vault_user_passwords={"ada": "e" * 73}),
+        ["edge-1", "vault_user_passwords", "ada", "72 bytes"],
     ),
     "password too short for the store": (
         give(vault_user_passwords={"ada": "short"}),
@@ -490,6 +501,19 @@ def test_ignores_the_port_on_another_address(tmp_path: Path, site: Site) -> None
         site["groups"]["postgres"]["hosts"]["core-1"] = {"ansible_host": "127.0.0.1"}
         answer = Refusal(tmp_path, site)
     assert answer.returncode == 0, answer.output
+
+
+@pytest.mark.parametrize("address", ["core-1.example", "192.0.2.1"], ids=["name", "foreign"])
+def test_refuses_an_address_that_is_not_the_hosts(tmp_path: Path, site: Site, address: str) -> None:
+    """A name, or what a router translates, is nothing to listen on."""
+    site["groups"]["postgres"]["hosts"]["core-1"] = {"odsp_address": address}
+    Refusal(tmp_path, site).says("core-1", f"odsp_address is {address}", "set odsp_address to")
+
+
+def test_refuses_one_port_for_two_components(tmp_path: Path, site: Site) -> None:
+    """Two components of one host would fight for it."""
+    site["all"]["odsp_mlflow_port"] = 9000
+    Refusal(tmp_path, site).says("core-1", "odsp_minio_port and odsp_mlflow_port are both 9000")
 
 
 def test_refuses_workers_larger_than_their_host(tmp_path: Path, site: Site) -> None:
