@@ -14,7 +14,7 @@ work() { # work WHAT COMMAND...: run it as a phase, which says every ten seconds
   say "== $what"
   log=$(mktemp)
   SECONDS=0
-  (while sleep 10 && kill -0 $$ 2>/dev/null; do say "   $(printf %4d "$SECONDS") s  at work"; done) &
+  (while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do say "   $(printf %4d "$SECONDS") s  at work"; done) &
   beat=$!
   "$@" >"$log" 2>&1 || status=$?
   kill "$beat" 2>/dev/null
@@ -37,7 +37,7 @@ need ssh openssh-client
 need openssl openssl
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 if [ "${1:-}" != --python-only ]; then
-  need podman podman netavark aardvark-dns
+  need podman podman
   # netavark's firewall: iptables on Debian 12, nftables on 13.
   need iptables iptables
   need nft nftables

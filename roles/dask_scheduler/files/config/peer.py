@@ -45,7 +45,6 @@ def dask_teardown(peer: Any) -> None:
     `dask worker` lives as long as any of its nannies: a host would go on with fewer workers.
     """
     of_unit = isinstance(peer, Nanny) and str(os.getpid()) == os.environ.get("SYSTEMD_EXEC_PID")
-    if of_unit and callable(
-        signal.getsignal(signal.SIGTERM)
-    ):  # afterwards Dask is stopping already
+    # Once the signal came, Dask has given it back and is stopping already.
+    if of_unit and callable(signal.getsignal(signal.SIGTERM)):
         os.kill(os.getpid(), signal.SIGTERM)
