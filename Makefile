@@ -36,25 +36,34 @@ shell: controller ## a shell on a host: make shell HOST=core-1
 test: controller ## what a clone must pass: lint, unit, contract, a platform from nothing; about 15 minutes
 	@$(tests) lint unit contract platform
 
-.PHONY: lint unit contract
+.PHONY: lint unit contract platform
 lint: controller ## every linter over everything it understands
 	@$(tests) lint
 unit: controller ## the model server's own tests
 	@$(tests) unit
 contract: controller ## the repository's promises to itself, bad inventories among them
 	@$(tests) contract
+platform: controller ## one platform from nothing: used, broken, enlarged, removed
+	@$(tests) platform
 
 .PHONY: molecule
 molecule: controller ## every role alone on Debian 12 and 13; ROLE=mlflow RELEASE=trixie for one
 	@$(tests) molecule $(if $(ROLE),--role $(ROLE)) $(if $(RELEASE),--release $(RELEASE))
 
+.PHONY: mutate
+mutate: controller ## break roles on purpose: their tests must notice; ROLE=mlflow for one
+	@.venv/bin/python molecule/mutate.py $(if $(ROLE),--role $(ROLE)) $(if $(RELEASE),--release $(RELEASE))
+
 .PHONY: test-all
-test-all: controller ## all of it: test and molecule
-	@$(tests) lint unit contract platform molecule
+test-all: controller ## all of it: test and molecule with their long tests, a random topology, mutations
+	@ODSP_LONG_TESTS=1 $(tests) lint unit contract platform molecule random $(if $(SEED),--seed $(SEED)) --record
+	@.venv/bin/python molecule/mutate.py
+	@$(MAKE) --no-print-directory docs
 
 .PHONY: docs
-docs: controller ## the tables of inputs in the roles' READMEs, from their argument_specs
+docs: controller ## what is generated: the roles' tables of inputs, reliability, mutations
 	@.venv/bin/python docs/role_readmes.py
+	@.venv/bin/python docs/reliability.py
 
 .PHONY: controller
 controller: # what the controller lacks: podman, mmdebstrap, .venv

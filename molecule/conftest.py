@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,28 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.exit(f"the inventory cannot be resolved:\n{done.stdout}{done.stderr}", returncode=2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to `make test-all`, which sets ODSP_LONG_TESTS."""
+    if os.environ.get("ODSP_LONG_TESTS"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture
+def measured(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[str], None]:
+    """Return what a test of a fault tells its measurement to; the report carries it on."""
+    marker = request.node.get_closest_marker("fault")
+    assert marker is not None, "only a test of a fault measures"
+    record_property("fault", marker.args[0])
+
+    def note(text: str) -> None:
+        record_property("measured", text)
+
+    return note

@@ -30,17 +30,25 @@ VENV = ROOT / ".venv-test"
 LOCK = ROOT / ".config/requirements/test.txt"
 #: Where scenarios keep their hosts' state, and the logs of everything; not part of the repository.
 WORK = ROOT / ".ansible/molecule"
+#: What the tests of faults measured, kept for docs/reliability.md.
+MEASURED = ROOT / "docs/reliability.json"
 RELEASES = ("bookworm", "trixie")
 #: Longest first, so that none is left alone at the end.
 SCENARIOS = (
+    "platform_spread",
+    "platform_single",
     "model_server",
-    "nginx",
     "mlflow",
+    "nginx",
+    "platform_partial",
     "jupyterlab",
     "dask_worker",
     "dask_scheduler",
     "minio",
     "postgres",
+    "python_service",
+    "certificates",
+    "base",
 )
 #: Memory that a scenario's hosts take while it runs (MiB).
 SCENARIO_MIB = 4096
@@ -300,22 +308,50 @@ def journal(machine: Path) -> str:
     return text
 
 
+def settings(root: Path, state: Path, release: str, pytest_options: str) -> dict[str, str]:
+    """Return what molecule is told by its environment: which checkout, state, release and tests."""
+    return {
+        "ODSP_DEBIAN_RELEASE": release,
+        "ANSIBLE_CONFIG": str(root / "ansible.cfg"),
+        "MOLECULE_EPHEMERAL_DIRECTORY": str(state),
+        "MOLECULE_PROJECT_DIRECTORY": str(root),
+        "MOLECULE_COMMAND_BORDERS": "0",
+        "PYTEST_ADDOPTS": pytest_options,
+        "PYTHONUNBUFFERED": "1",
+        "ANSIBLE_FORCE_COLOR": "0",
+        "NO_COLOR": "1",
+    }
+
+
+def record(reports: dict[tuple[str, str], Path]) -> None:
+    """Keep what the tests of faults measured, for docs/reliability.py; older figures stay."""
+    key = ("scenario", "test", "release")
+    kept = {tuple(m[k] for k in key): m for m in json.loads(MEASURED.read_text() or "[]")}
+    for (name, release), report in reports.items():
+        if not report.exists():
+            continue
+        kept = {k: m for k, m in kept.items() if (m["scenario"], m["release"]) != (name, release)}
+        for case in ET.parse(report).iter("testcase"):
+            told = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
+            kind = dict(told).get("fault")
+            if kind and case.find("failure") is None and case.find("error") is None:
+                test = str(case.get("name")).split("[")[0]
+                one = {
+                    "scenario": name, "test": test, "kind": kind, "release": release,
+                    "measured": "; ".join(dict.fromkeys(v for n, v in told if n == "measured")),
+                    "date": time.strftime("%Y-%m-%d"),
+                }  # fmt: skip
+                kept[name, test, release] = one
+    MEASURED.write_text(json.dumps([kept[k] for k in sorted(kept)], indent=1) + "\n")
+
+
 def scenario(name: str, release: str) -> tuple[str, float, Score]:
     """Run one scenario on one release; return its label, seconds and counts."""
     label, started = f"{name} {release}", time.monotonic()
     log, report = (WORK / "log" / f"{name}-{release}{suffix}" for suffix in (".log", ".xml"))
     report.unlink(missing_ok=True)
     state = WORK / f"{name}-{release}"
-    own = {
-        "ODSP_DEBIAN_RELEASE": release,
-        "MOLECULE_EPHEMERAL_DIRECTORY": str(state),
-        "MOLECULE_PROJECT_DIRECTORY": str(ROOT),
-        "MOLECULE_COMMAND_BORDERS": "0",
-        "PYTEST_ADDOPTS": f"--junit-xml={report}",
-        "PYTHONUNBUFFERED": "1",
-        "ANSIBLE_FORCE_COLOR": "0",
-        "NO_COLOR": "1",
-    }
+    own = settings(ROOT, state, release, f"--junit-xml={report}")
     remove = ["molecule", "destroy", "--scenario-name", name]
     if state.exists():  # an earlier run was cut off
         run(remove, extra=own)
@@ -362,8 +398,8 @@ def scenario(name: str, release: str) -> tuple[str, float, Score]:
     return label, time.monotonic() - started, score
 
 
-def molecule(roles: tuple[str, ...], releases: tuple[str, ...], jobs: int) -> Score:
-    """Every role alone, on both releases; two scenarios at a time where memory allows."""
+def make_ready(releases: tuple[str, ...]) -> Score:
+    """Make what every scenario shares, step by step: images and MinIO; count only a failure."""
     (WORK / "log").mkdir(parents=True, exist_ok=True)
     bootstrap, python = ROOT / "playbooks/local/bootstrap.sh", ROOT / ".venv/bin/python"
     as_root, image = "playbooks/local/as_root.sh", "playbooks/local/image.py"
@@ -378,8 +414,23 @@ def molecule(roles: tuple[str, ...], releases: tuple[str, ...], jobs: int) -> Sc
         if status:
             say(output)
             score.count(False, f"molecule: {name}")
-            return score
-    jobs = jobs or max(1, min(2, os.cpu_count() or 1, available_mib() // SCENARIO_MIB))
+            break
+    return score
+
+
+def jobs_by_memory() -> int:
+    """Return how many scenarios this machine carries at a time."""
+    return max(1, min(2, os.cpu_count() or 1, available_mib() // SCENARIO_MIB))
+
+
+def molecule(
+    roles: tuple[str, ...], releases: tuple[str, ...], jobs: int, keep_figures: bool = False
+) -> Score:
+    """Every role alone, on both releases; two scenarios at a time where memory allows."""
+    score = make_ready(releases)
+    if score.failed:
+        return score
+    jobs = jobs or jobs_by_memory()
     pairs = [(role, release) for role in roles for release in releases]
     say(f"   {len(pairs)} scenarios, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
@@ -388,6 +439,8 @@ def molecule(roles: tuple[str, ...], releases: tuple[str, ...], jobs: int) -> Sc
     for label, seconds, one in sorted(results, key=lambda result: -result[1]):
         say(f"   {seconds:7.0f}  {one.passed:6}  {one.failed:6}  {label}")
         score.add(one)
+    if keep_figures:
+        record({(n, r): WORK / "log" / f"{n}-{r}.xml" for n, r in pairs})
     return score
 
 
@@ -410,6 +463,9 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=0, help="scenarios at a time; default: by memory"
     )
+    parser.add_argument(
+        "--record", action="store_true", help="keep what faults measured in docs/reliability.json"
+    )
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -419,7 +475,7 @@ def main() -> int:
         "unit": unit,
         "contract": contract,
         "platform": platform,
-        "molecule": lambda: molecule(roles, releases, given.jobs),
+        "molecule": lambda: molecule(roles, releases, given.jobs, given.record),
     }
     started, total = time.monotonic(), Score()
     install()

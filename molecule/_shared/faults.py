@@ -1,0 +1,205 @@
+"""Faults that tests bring about on a scenario's hosts, and take back."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
+TLS = "/etc/odsp/tls"
+FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
+
+# Eats more than the unit may have, as a part of the unit; the kernel is told whom to end first.
+EATER = """
+import sys
+open("/proc/self/oom_score_adj", "w").write("500")
+hoard = []
+for _ in range(int(sys.argv[1]) // 8):
+    hoard.append(b"x" * 2**23)
+"""
+
+
+@dataclass
+class SmallDisk:
+    """A file system of a few MiB under a unit's folder."""
+
+    host: Any
+    folder: str
+
+    def fill(self) -> None:
+        """Leave not a single block."""
+        filler = f"{self.folder}/.odsp-filler"
+        for block in ("1M", "4k"):
+            self.host.run(f"dd if=/dev/zero bs={block} conv=notrunc oflag=append of={filler}")
+        free = self.host.check_output(f"stat -f -c %a {self.folder}")
+        assert int(free) == 0, f"{free} blocks are left on {self.folder}"
+
+    def free(self) -> None:
+        """Make room again."""
+        self.host.check_output(f"rm -f {self.folder}/.odsp-filler")
+
+
+@contextmanager
+def full_disk(host: Any, unit: str, folder: str, mib: int = 96) -> Iterator[SmallDisk]:
+    """Run the unit with its folder on a small file system that a test can fill.
+
+    What the unit writes meanwhile is gone afterwards; what it had before is there.
+    """
+    small = "/run/odsp-small-disk"
+    host.check_output(f"systemctl stop {unit}")
+    try:
+        host.check_output(
+            f"mkdir -p {small} && mount -t tmpfs -o size={mib}m odsp-small-disk {small} && "
+            f"chmod --reference {folder} {small} && chown --reference {folder} {small} && "
+            f"cp -a {folder}/. {small} && mount --bind {small} {folder}"
+        )
+        host.check_output(f"systemctl start {unit}")
+        yield SmallDisk(host, folder)
+    finally:
+        host.run(f"systemctl stop {unit}")
+        host.run(f"umount -l {folder}; umount -l {small}; rmdir {small}")
+        host.check_output(f"systemctl reset-failed {unit}; systemctl start {unit}")
+
+
+def memory_group(host: Any, unit: str) -> str:
+    """Return the folder of the unit's memory controller, of cgroup v1 or v2."""
+    group = host.check_output(f"systemctl show --value --property ControlGroup {unit}").strip()
+    for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup"):
+        if host.file(f"{root}{group}/cgroup.procs").exists:
+            return f"{root}{group}"
+    raise AssertionError(f"{unit} has no memory controller at {group}")
+
+
+def eat_memory(host: Any, unit: str, mib: int = 64) -> bool:
+    """Let a part of the unit take more than the unit may have; return whether it was stopped.
+
+    The limit is lowered for the moment to what the unit has now and `mib` more (MiB).
+    """
+    group = memory_group(host, unit)
+    usage = f"cat {group}/memory.current {group}/memory.usage_in_bytes 2>/dev/null"
+    limit = int(host.run(usage).stdout.split()[0]) // 2**20 + mib
+    host.check_output(f"systemctl set-property --runtime {unit} MemoryMax={limit}M MemorySwapMax=0")
+    try:
+        eater = f"echo $$ > {group}/cgroup.procs; exec python3 -c {shlex.quote(EATER)} {2 * limit}"
+        return bool(host.run(f"sh -c {shlex.quote(eater)}").rc != 0)
+    finally:
+        host.check_output(f"rm -rf /run/systemd/system.control/{unit}.d; systemctl daemon-reload")
+
+
+@contextmanager
+def stopped(host: Any, unit: str) -> Iterator[None]:
+    """Let a unit be away: connections to it are refused."""
+    host.check_output(f"systemctl stop {unit}")
+    try:
+        yield
+    finally:
+        host.check_output(f"systemctl start {unit}")
+
+
+@contextmanager
+def frozen(host: Any, unit: str) -> Iterator[None]:
+    """Let a unit hang: the kernel takes connections for it, and nothing answers."""
+    host.check_output(f"systemctl kill --signal STOP {unit}")
+    try:
+        yield
+    finally:
+        host.check_output(f"systemctl kill --signal CONT {unit}")
+
+
+@dataclass
+class Clock:
+    """The clock as a unit sees it."""
+
+    host: Any
+    file: str
+
+    def jump(self, seconds: int) -> None:
+        """Let the clock be off by so many seconds from the true time, from now on."""
+        self.host.check_output(f"echo '{seconds:+d}' > {self.file}")
+
+
+@contextmanager
+def clock(host: Any, unit: str) -> Iterator[Clock]:
+    """Run the unit with a clock that a test can move while it runs; for dynamic programs only."""
+    if host.run(f"ls {FAKETIME}").rc:
+        host.check_output(
+            "apt-get -qq update && apt-get -qq install --no-install-recommends libfaketime"
+        )
+    library = host.check_output(f"ls {FAKETIME}").strip()
+    file, folder = f"/run/odsp-clock-{unit}", f"/run/systemd/system/{unit}.d"
+    settings = (
+        f"LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_CACHE_DURATION=1 "
+        "FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1 FAKETIME_DISABLE_SHM=1"
+    )
+    moved = Clock(host, file)
+    moved.jump(0)
+    try:
+        host.check_output(
+            f"mkdir -p {folder} && printf '[Service]\\nEnvironment=%s\\n' '{settings}' "
+            f"> {folder}/clock.conf && systemctl daemon-reload && systemctl restart {unit}"
+        )
+        yield moved
+    finally:
+        host.run(f"rm -rf {folder} {file}; systemctl daemon-reload; systemctl reset-failed {unit}")
+        host.check_output(f"systemctl restart {unit}")
+
+
+def secrets() -> dict[str, Any]:
+    """Return the scenario's generated secrets."""
+    folder = Path(os.environ["ODSP_STATE_DIR"]) / "secrets/group_vars/all"
+    return dict(yaml.safe_load((folder / "vault.yml").read_text()))
+
+
+def ended_yesterday(pem: str) -> str:
+    """Return the platform's certificate as its authority would have signed it a month ago."""
+    known, old = secrets(), x509.load_pem_x509_certificate(pem.encode())
+    authority = x509.load_pem_x509_certificate(known["vault_ca_certificate"].encode())
+    key = serialization.load_pem_private_key(known["vault_ca_private_key"].encode(), None)
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(authority.subject)
+        .public_key(old.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=30))
+        .not_valid_after(now - timedelta(days=1))
+    )
+    for extension in old.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    signed = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+
+@contextmanager
+def expired_certificate(host: Any, name: str, unit: str) -> Iterator[None]:
+    """Run the unit with a certificate of the platform that ended yesterday.
+
+    A certificate that was renewed meanwhile stays; else the former one comes back.
+    """
+    backup, path = "/root/odsp-certificate", f"{TLS}/{name}"
+    old = base64.b64encode(
+        ended_yesterday(host.check_output(f"cat {path}.crt") + "\n").encode()
+    ).decode()
+    host.check_output(
+        f"umask 077; mkdir {backup} && cp -a {path}.crt {path}.key {path}.pem {backup}/ && "
+        f"echo {old} | base64 -d > {backup}/expired && cat {backup}/expired > {path}.crt && "
+        f"cat {path}.crt {path}.key > {path}.pem"
+    )
+    try:
+        host.run(f"systemctl restart {unit}")
+        yield
+    finally:
+        if host.run(f"cmp -s {backup}/expired {path}.crt").rc == 0:
+            host.run(f"cp -a {backup}/{name}.* {TLS}/; systemctl restart {unit}")
+        host.check_output(f"rm -rf {backup}")

@@ -1,0 +1,182 @@
+"""Breaks a role on purpose and asks whether its scenario notices: `make mutate ROLE=postgres`.
+
+Works on a copy of the checkout and on hosts of its own. Each entry of molecule/<role>/mutations.yml
+is applied to the copy and converged; one of the tests it names must turn red. Then it is taken
+back, and the same tests must be green again. The results are kept in docs/mutations.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import run
+import yaml
+
+RESULTS = run.ROOT / "docs/mutations.json"
+#: Words of `caught_by` that are steps of the sequence, not tests.
+STEPS = ("converge", "idempotence", "check")
+_results_lock = threading.Lock()
+
+
+@dataclass
+class Result:
+    """What became of one mutation."""
+
+    role: str
+    name: str
+    caught_by: str
+    seconds: int
+    release: str
+    date: str
+    verdict: str
+
+
+class Bench:
+    """A copy of the checkout, and the converged hosts of one scenario."""
+
+    def __init__(self, folder: Path, role: str, release: str) -> None:
+        """Copy what a clone would hold."""
+        self.root, self.role, self.release = folder / "checkout", role, release
+        self.report, self.log = folder / "report.xml", run.WORK / "log" / f"mutate-{role}.log"
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+            cwd=run.ROOT, check=True, stdout=subprocess.PIPE, text=True,
+        ).stdout  # fmt: skip
+        for name in (name for name in listed.split("\0") if (run.ROOT / name).is_file()):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(run.ROOT / name, self.root / name, follow_symlinks=False)
+        for venv in (".venv", ".venv-test"):
+            (self.root / venv).symlink_to(run.ROOT / venv)
+        # Molecule looks for its base configuration from the root of a repository.
+        subprocess.run(["git", "init", "--quiet"], cwd=self.root, check=True)
+
+    def molecule(self, step: str, tests: list[str] | None = None) -> bool:
+        """Run a step of the scenario; return whether it succeeded."""
+        self.report.unlink(missing_ok=True)
+        chosen = f" -k '{' or '.join(tests)}'" if tests else ""
+        options = f"--junit-xml={self.report}{chosen}"
+        own = run.settings(self.root, self.root / ".ansible/state", self.release, options)
+        command = ["molecule", step, "--scenario-name", self.role]
+        status, output = run.run(command, cwd=self.root, extra=own)
+        with self.log.open("a") as file:
+            file.write(f"\n### {step} {tests or ''}: {status}\n{output}")
+        return status == 0
+
+    def red(self, tests: list[str]) -> list[str]:
+        """Run tests; return those that are red, or what else went wrong."""
+        if self.molecule("verify", tests):
+            return []
+        if not self.report.exists():
+            raise RuntimeError("the tests did not run")
+        return sorted(
+            {
+                str(case.get("name")).split("[")[0]
+                for case in ET.parse(self.report).iter("testcase")
+                if case.find("failure") is not None or case.find("error") is not None
+            }
+        )
+
+    def caught_by(self, expected: list[str]) -> list[str]:
+        """Return which of the steps and tests turn red on the mutated role."""
+        if not self.molecule("converge"):
+            return ["converge"] if "converge" in expected else []
+        red = [s for s in STEPS[1:] if s in expected and not self.molecule(s)]
+        tests = [name for name in expected if name not in STEPS]
+        return red or (self.red(tests) if tests else [])
+
+    def attempt(self, mutation: dict[str, Any]) -> tuple[str, str]:
+        """Apply a mutation, look who notices, take it back; return the verdict and who it was."""
+        file, expected = self.root / mutation["file"], list(mutation["caught_by"])
+        sound = file.read_text()
+        assert sound.count(mutation["find"]) == 1, f"{mutation['file']}: {mutation['find']}"
+        file.write_text(sound.replace(mutation["find"], mutation["replace"]))
+        try:
+            red = [name for name in self.caught_by(expected) if name in expected]
+        finally:
+            file.write_text(sound)
+        again = self.molecule("converge") and not self.red([n for n in red if n not in STEPS] or [])
+        if not red:
+            return "not caught", ""
+        return ("caught" if again else "caught, but not green again"), ", ".join(red)
+
+
+def keep(results: list[Result]) -> None:
+    """Replace what was known of these roles on this release."""
+    with _results_lock:
+        mine = {(one.role, one.release) for one in results}
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        rest = [one for one in known if (one["role"], one["release"]) not in mine]
+        merged = sorted(rest + [asdict(r) for r in results], key=lambda r: (r["role"], r["name"]))
+        RESULTS.write_text(json.dumps(merged, indent=1) + "\n")
+
+
+def mutate(role: str, release: str) -> run.Score:
+    """Try every mutation of a role; a mutation that nobody noticed counts as failed."""
+    score, results, started = run.Score(), [], time.monotonic()
+    mutations = yaml.safe_load((run.ROOT / f"molecule/{role}/mutations.yml").read_text())
+    with tempfile.TemporaryDirectory(prefix=f"odsp-mutate-{role}-") as folder:
+        bench = Bench(Path(folder), role, release)
+        bench.log.write_text("")
+        try:
+            good = bench.molecule("converge")
+            run.say_result(good, started, f"{role}: hosts, and the role as it is")
+            score.count(good, f"mutate {role}: the role as it is does not converge")
+            for mutation in mutations if good else []:
+                began = time.monotonic()
+                try:
+                    verdict, who = bench.attempt(mutation)
+                except (AssertionError, RuntimeError) as failure:
+                    verdict, who = f"could not be tried: {failure}", ""
+                seconds = round(time.monotonic() - began)
+                today = time.strftime("%Y-%m-%d")
+                one = Result(role, mutation["name"], who, seconds, release, today, verdict)
+                results.append(one)
+                by = f"; red: {who}" if who else ""
+                run.say_result(verdict == "caught", began, f"{role}: {one.name}: {verdict}{by}")
+                score.count(verdict == "caught", f"mutate {role}: {one.name}: {verdict}")
+        finally:
+            bench.molecule("destroy")
+    if results:
+        keep(results)
+    return score
+
+
+def main() -> int:
+    """Try the mutations of the named roles; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    roles = sorted(path.parent.name for path in run.ROOT.glob("molecule/*/mutations.yml"))
+    parser.add_argument("--role", action="append", choices=roles, help="default: all")
+    parser.add_argument("--release", choices=run.RELEASES, default="trixie")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, run.end)
+    signal.signal(signal.SIGINT, run.end)
+    started, total = time.monotonic(), run.Score()
+    run.install()
+    with run.timed("mutate"):
+        total.add(run.make_ready((given.release,)))
+        if not total.failed:
+            with ThreadPoolExecutor(run.jobs_by_memory()) as pool:
+                for score in pool.map(lambda r: mutate(r, given.release), given.role or roles):
+                    total.add(score)
+    run.say(f"\nall: {time.monotonic() - started:.0f} s")
+    for failure in total.failures:
+        run.say(f"FAILED {failure}")
+    run.say(f"{total.passed} passed, {total.failed} failed")
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
