@@ -444,6 +444,20 @@ def molecule(
     return score
 
 
+def random_topology(seed: int | None, releases: tuple[str, ...]) -> Score:
+    """Draw a topology and prove the platform's wiring on it; the printed seed draws it again."""
+    given = [] if seed is None else [str(seed)]
+    command = [sys.executable, "molecule/platform/random_topology.py", *given]
+    status, output = run(command)
+    say(output.rstrip())
+    score = Score()
+    if status:
+        score.count(False, "random: no topology could be drawn")
+        return score
+    drawn = int(re.findall(r"\d+", output)[0])
+    return molecule(("platform_random",), (releases[drawn % len(releases)],), 1)
+
+
 def end(number: int, _: object) -> None:
     """Stop everything we started; containers go with their scenarios' next `destroy`."""
     for process in list(_running):
@@ -454,7 +468,7 @@ def end(number: int, _: object) -> None:
 def main() -> int:
     """Run the named tiers in order; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    tiers = ("lint", "unit", "contract", "platform", "molecule")
+    tiers = ("lint", "unit", "contract", "platform", "molecule", "random")
     parser.add_argument("tiers", nargs="+", choices=tiers)
     parser.add_argument(
         "--role", action="append", choices=SCENARIOS, help="of molecule; default: all"
@@ -466,6 +480,7 @@ def main() -> int:
     parser.add_argument(
         "--record", action="store_true", help="keep what faults measured in docs/reliability.json"
     )
+    parser.add_argument("--seed", type=int, help="of random; default: another each time")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
@@ -476,6 +491,7 @@ def main() -> int:
         "contract": contract,
         "platform": platform,
         "molecule": lambda: molecule(roles, releases, given.jobs, given.record),
+        "random": lambda: random_topology(given.seed, releases),
     }
     started, total = time.monotonic(), Score()
     install()
