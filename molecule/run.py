@@ -59,7 +59,7 @@ HEARTBEAT_S = 30
 STEP = re.compile(r"> (\w+)\] (Executing$|Executed: (\w+))")
 ANSI = re.compile(r"\x1b(\[[0-9;]*m|\][^\x1b]*\x1b\\)")
 
-_running: set[subprocess.Popen[str]] = set()
+running: set[subprocess.Popen[str]] = set()
 _print_lock = threading.Lock()
 
 
@@ -125,7 +125,7 @@ def spawn(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Pope
         command, cwd=cwd, env=env, text=True, errors="replace", start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    _running.add(process)
+    running.add(process)
     return process
 
 
@@ -166,7 +166,7 @@ def run(
         return process.wait(), "".join(lines)
     finally:
         done.set()
-        _running.discard(process)
+        running.discard(process)
 
 
 def install() -> None:
@@ -326,7 +326,7 @@ def settings(root: Path, state: Path, release: str, pytest_options: str) -> dict
 def record(reports: dict[tuple[str, str], Path]) -> None:
     """Keep what the tests of faults measured, for docs/reliability.py; older figures stay."""
     key = ("scenario", "test", "release")
-    kept = {tuple(m[k] for k in key): m for m in json.loads(MEASURED.read_text() or "[]")}
+    kept = {tuple(m[k] for k in key): m for m in json.loads(MEASURED.read_text())}
     for (name, release), report in reports.items():
         if not report.exists():
             continue
@@ -335,7 +335,8 @@ def record(reports: dict[tuple[str, str], Path]) -> None:
             told = [(p.get("name"), p.get("value") or "") for p in case.iter("property")]
             kind = dict(told).get("fault")
             if kind and case.find("failure") is None and case.find("error") is None:
-                test = str(case.get("name")).split("[")[0]
+                # Less the host, which testinfra makes a parameter.
+                test = re.sub(r"ansible://\w+-\d+-?", "", str(case.get("name"))).replace("[]", "")
                 one = {
                     "scenario": name, "test": test, "kind": kind, "release": release,
                     "measured": "; ".join(dict.fromkeys(v for n, v in told if n == "measured")),
@@ -380,7 +381,7 @@ def scenario(name: str, release: str) -> tuple[str, float, Score]:
                 step = ""
     status = process.wait()
     watch.cancel()
-    _running.discard(process)
+    running.discard(process)
     tests = read_report(report)
     score.add(tests)
     if status and not score.failed:
@@ -460,7 +461,7 @@ def random_topology(seed: int | None, releases: tuple[str, ...]) -> Score:
 
 def end(number: int, _: object) -> None:
     """Stop everything we started; containers go with their scenarios' next `destroy`."""
-    for process in list(_running):
+    for process in list(running):
         stop(process)
     raise SystemExit(128 + number)
 

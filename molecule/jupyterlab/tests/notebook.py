@@ -1,11 +1,13 @@
 """Run a cell in a kernel of JupyterLab, over TLS and its WebSocket; print its output.
 
-Run on the host with JupyterLab's own environment. Arguments: base URL, certificate, its key, code.
+Run on the host with JupyterLab's own environment. Reads JSON: the base URL, the code, and either
+certificate and key or a user's name and password. Ends with status 3 if the kernel died.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import ssl
 import sys
@@ -14,6 +16,8 @@ from typing import Any
 
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
+
+DIED = 3
 
 
 def message(code: str) -> str:
@@ -35,31 +39,31 @@ def message(code: str) -> str:
     )
 
 
-async def main(base: str, certificate: str, key: str, code: str) -> None:
+async def main(asked: dict[str, Any]) -> None:
     """Start a kernel, run the code, print what it prints, shut the kernel down."""
+    base, headers = asked["base"], {}
     context = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
-    context.load_cert_chain(certificate, key)
+    if "certificate" in asked:
+        context.load_cert_chain(asked["certificate"], asked["key"])
+    else:
+        encoded = base64.b64encode(":".join(asked["user"]).encode()).decode()
+        headers["Authorization"] = f"Basic {encoded}"
     client = AsyncHTTPClient()
 
-    async def ask(path: str, method: str = "GET", **kwargs: Any) -> Any:
-        return await client.fetch(
-            HTTPRequest(
-                f"{base}{path}", method=method, ssl_options=context, request_timeout=60, **kwargs
-            )
-        )
+    def request(url: str, **options: Any) -> HTTPRequest:
+        return HTTPRequest(url, ssl_options=context, request_timeout=60, headers=headers, **options)
+
+    async def ask(path: str, method: str = "GET", **options: Any) -> Any:
+        return await client.fetch(request(f"{base}{path}", method=method, **options))
 
     page = await ask("lab")
     cookies = [cookie.split(";")[0] for cookie in page.headers.get_list("Set-Cookie")]
     token = next(cookie.split("=", 1)[1] for cookie in cookies if cookie.startswith("_xsrf="))
-    headers = {"Cookie": "; ".join(cookies), "X-XSRFToken": token}
-    kernel = json.loads((await ask("api/kernels", "POST", body="{}", headers=headers)).body)
+    headers |= {"Cookie": "; ".join(cookies), "X-XSRFToken": token}
+    kernel = json.loads((await ask("api/kernels", "POST", body="{}")).body)
     url = f"{base.replace('https', 'wss', 1)}api/kernels/{kernel['id']}/channels"
-    socket = await websocket_connect(
-        HTTPRequest(
-            url, ssl_options=context, headers={"Cookie": headers["Cookie"]}, request_timeout=60
-        )
-    )
-    await socket.write_message(message(code))
+    socket = await websocket_connect(request(url))
+    await socket.write_message(message(asked["code"]))
     try:
         while (text := await asyncio.wait_for(socket.read_message(), 120)) is not None:
             answer = json.loads(text)
@@ -69,9 +73,11 @@ async def main(base: str, certificate: str, key: str, code: str) -> None:
                 sys.exit("\n".join(answer["content"]["traceback"]))
             elif answer["msg_type"] == "execute_reply":
                 break
+            elif answer["content"].get("execution_state") in ("restarting", "dead"):
+                sys.exit(DIED)
     finally:
         socket.close()
-        await ask(f"api/kernels/{kernel['id']}", "DELETE", headers=headers)
+        await ask(f"api/kernels/{kernel['id']}", "DELETE")
 
 
-asyncio.run(main(*sys.argv[1:]))
+asyncio.run(main(json.load(sys.stdin)))

@@ -6,6 +6,11 @@ import base64
 import json
 import re
 import shlex
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,8 +22,8 @@ CERTIFICATE = "/etc/odsp/tls/mlflow.pem"
 
 #: An unchanged client: a run with a parameter, a metric and an artifact, and a registered version.
 WRITE = """
-import mlflow, tempfile, pathlib
-name = "odsp-test"
+import mlflow, uuid
+name = f"odsp-test-{uuid.uuid4()}"
 mlflow.set_experiment(name)
 with mlflow.start_run() as run:
     mlflow.log_param("depth", 3)
@@ -28,14 +33,14 @@ client = mlflow.MlflowClient()
 client.create_registered_model(name)
 client.create_model_version(name, f"runs:/{run.info.run_id}/notes", run.info.run_id)
 client.set_registered_model_alias(name, "champion", 1)
-print(json.dumps({"run": run.info.run_id, "artifacts": run.info.artifact_uri}))
+print(json.dumps({"model": name, "run": run.info.run_id, "artifacts": run.info.artifact_uri}))
 """
 READ = """
 import mlflow
 client = mlflow.MlflowClient()
 run = client.get_run(v["run"])
 text = mlflow.artifacts.load_text(f"runs:/{v['run']}/notes/a.txt")
-version = client.get_model_version_by_alias("odsp-test", "champion").version
+version = client.get_model_version_by_alias(v["model"], "champion").version
 print(json.dumps([run.data.params["depth"], run.data.metrics["accuracy"], text, str(version)]))
 """
 #: What the server itself asks of the store: is the object there, under the run's name?
@@ -51,15 +56,32 @@ import ssl, urllib.request
 context = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
 if v["certificate"]:
     context.load_cert_chain(v["certificate"])
+data = v["data"].encode() if v["data"] is not None else None
+method = "PUT" if "/artifacts/" in v["url"] and data is not None else None
 try:
-    request = urllib.request.Request(v["url"], headers=v["headers"])
-    status = urllib.request.urlopen(request, context=context, timeout=10).status
+    request = urllib.request.Request(v["url"], data, v["headers"], method=method)
+    status = urllib.request.urlopen(request, context=context, timeout=v["patience"]).status
 except urllib.error.HTTPError as refused:
     status = refused.code
 except OSError as refused:
     status = str(refused)
 print(json.dumps(status))
 """
+#: What a request of the registry asks of the database, and one of the artifacts of the store.
+SEARCH = "/api/2.0/mlflow/experiments/search"
+ARTIFACT = "/api/2.0/mlflow-artifacts/artifacts/odsp-test.txt"
+#: Inputs that cannot work in a way their types do not show; a part of the sentence that says so.
+FAULTY = {
+    "mlflow_s3_secret_key": ("", "is empty"),
+    "mlflow_database_host": ("", "is empty"),
+    "mlflow_s3_endpoint_url": ("192.0.2.10:9000", 'is "192.0.2.10:9000"; write it as in https'),
+    "mlflow_s3_bucket": ("ml flow", 'is "ml flow"; use 3 to 63'),
+    "mlflow_database_user": ("ml@flow", "may hold letters, digits"),
+    "mlflow_allowed_hosts": (["a b"], 'or _origins has "a b"; list names'),
+    "mlflow_listen_port": (65536, "is 65536; choose one of 1 to 65535"),
+    "mlflow_workers": (0, "is 0; at least 1"),
+    "mlflow_memory_max": ("4 GB", 'is "4 GB", which systemd would ignore; write'),
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +100,7 @@ def python(host: Any, inputs: dict[str, Any], code: str, **values: Any) -> Any:
         "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "DO_NOT_TRACK": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
     }
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     program = f"import json\nv = json.loads({json.dumps(values)!r})\n{code}"
@@ -88,11 +111,37 @@ def python(host: Any, inputs: dict[str, Any], code: str, **values: Any) -> Any:
 
 
 def ask(
-    host: Any, inputs: dict[str, Any], url: str = "", certificate: str = CERTIFICATE, **headers: str
+    host: Any,
+    inputs: dict[str, Any],
+    url: str = "/health",
+    certificate: str = CERTIFICATE,
+    data: str | None = None,
+    patience: float = 10,
+    **headers: str,
 ) -> Any:
     """Return the status of a request to the server, or why there was none."""
-    url = url or f"{inputs['odsp_mlflow_url']}/health"
-    return python(host, inputs, ASK, url=url, certificate=certificate, headers=headers)
+    url = url if "://" in url else inputs["odsp_mlflow_url"] + url
+    return python(
+        host, inputs, ASK, url=url, certificate=certificate, data=data, patience=patience,
+        headers={"Content-Type": "application/json", **headers},
+    )  # fmt: skip
+
+
+def search(host: Any, inputs: dict[str, Any], patience: float = 30) -> Any:
+    """Return the status of a request that needs the database."""
+    return ask(host, inputs, SEARCH, data='{"max_results": 1}', patience=patience)
+
+
+def store(host: Any, inputs: dict[str, Any], patience: float = 30, size: int = 4) -> Any:
+    """Return the status of a request that puts an artifact into the store."""
+    return ask(host, inputs, ARTIFACT, data="x" * size, patience=patience)
+
+
+def workers(host: Any) -> list[int]:
+    """Return the processes that serve requests."""
+    pid = scenario.main_pid(host, UNIT)
+    supervisor = host.check_output(f"pgrep -P {pid}").split()[0]
+    return [int(one) for one in host.run(f"pgrep -P {supervisor} -f spawn_main").stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +152,7 @@ def written(host: Any, inputs: dict[str, Any]) -> dict[str, str]:
 
 def test_unit_is_enabled_running_and_confined(host: Any) -> None:
     """The server runs, survives a reboot, and cannot touch the rest of the host."""
-    scenario.assert_confined(host, UNIT, "mlflow")
+    scenario.assert_confined(host, UNIT, "mlflow", 1.5)
 
 
 def test_run_and_model_come_back(
@@ -148,6 +197,21 @@ def test_refuses_whoever_shows_no_certificate(host: Any, inputs: dict[str, Any])
     assert ask(host, inputs, plain) != 200
 
 
+def test_refuses_other_hosts(host: Any, inputs: dict[str, Any]) -> None:
+    """A host that sees the port but has no certificate of the platform gets nothing."""
+    address = (inputs["odsp_address"], inputs["mlflow_listen_port"])
+    context = ssl.create_default_context(cadata=scenario.secrets()["vault_ca_certificate"])
+    answer = b""
+    with (
+        socket.create_connection(address, timeout=5) as raw,
+        context.wrap_socket(raw, server_hostname=address[0]) as connection,
+        suppress(OSError),  # refused by an alert, or by an end
+    ):
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        answer = connection.recv(100)
+    assert answer == b""
+
+
 def test_refuses_a_certificate_of_another_authority(host: Any, inputs: dict[str, Any]) -> None:
     """A certificate somebody made for himself is worth nothing."""
     made = "/root/odsp-own.pem"
@@ -164,9 +228,9 @@ def test_refuses_a_certificate_of_another_authority(host: Any, inputs: dict[str,
 
 def test_refuses_other_host_names(host: Any, inputs: dict[str, Any]) -> None:
     """A name the inventory does not know is not answered: no DNS rebinding."""
-    url = f"{inputs['odsp_mlflow_url']}/api/3.0/mlflow/server-info"
-    assert ask(host, inputs, url) == 200
-    assert ask(host, inputs, url, Host="evil.example") == 403
+    path = "/api/3.0/mlflow/server-info"
+    assert ask(host, inputs, path) == 200
+    assert ask(host, inputs, path, Host="evil.example") == 403
 
 
 def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None:
@@ -176,17 +240,33 @@ def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None
     assert not host.socket(f"tcp://127.0.0.1:{port}").is_listening
 
 
-@pytest.mark.parametrize("blow", ["restart", "kill"])
+@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
 def test_runs_survive(
     host: Any, inputs: dict[str, Any], written: dict[str, str], blow: str
 ) -> None:
-    """What was logged is there after a restart, and after the processes were shot."""
+    """What was logged is there after a restart, a kill, and a restart of the whole host."""
     if blow == "restart":
         host.check_output(f"systemctl restart {UNIT}")
-    else:
+    elif blow == "kill":
         scenario.kill(host, UNIT)
+    else:
+        scenario.reboot(host)
     scenario.wait_until(lambda: ask(host, inputs) == 200, 120)
     assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+
+
+def test_a_killed_worker_is_replaced(host: Any, inputs: dict[str, Any]) -> None:
+    """One process less is no outage, and not for long."""
+    before = workers(host)
+    assert len(before) > 1
+    host.check_output(f"kill -KILL {before[0]}")
+    assert search(host, inputs) == 200
+
+    def replaced() -> bool:
+        """Tell whether there are as many workers as before, without the one that was killed."""
+        return len(now := workers(host)) == len(before) and before[0] not in now
+
+    scenario.wait_until(replaced)
 
 
 def test_database_may_come_back_later(
@@ -217,11 +297,245 @@ def test_environment_is_the_lock(host: Any) -> None:
     assert host.check_output(command).strip() == locked[1]
 
 
-def test_empty_secret_stops_the_role(host: Any, inputs: dict[str, Any]) -> None:
-    """One sentence names the host, the variable and the remedy; the server goes on as before."""
-    before = scenario.main_pid(host, UNIT)
-    run = scenario.site("--tags", "mlflow", "--extra-vars", '{"mlflow_s3_secret_key": ""}')
+def test_faulty_inputs_stop_the_role(host: Any) -> None:
+    """A sentence for each names the host, the variable and the remedy; nothing is changed."""
+    before = scenario.units(host)
+    given = {name: value for name, (value, _) in FAULTY.items()}
+    run = scenario.site("--tags", "mlflow", "--extra-vars", json.dumps(given))
     assert run.returncode != 0
-    assert "node-1: mlflow_s3_secret_key is empty" in " ".join(run.stdout.split())
-    assert "changed=0" in run.stdout
+    said = " ".join(run.stdout.replace("\\n", " ").replace('\\"', '"').split())
+    for name, (_, sentence) in FAULTY.items():
+        assert f"node-1: {name} {sentence}" in said
+    assert scenario.recap(run)["node-1"]["changed"] == 0
+    assert scenario.units(host) == before
+
+
+def test_changed_inputs_are_in_force_and_taken_back(
+    host: Any, inputs: dict[str, Any], written: dict[str, str]
+) -> None:
+    """Another port, size and name: one restart of MLflow alone, the old port and name are gone."""
+    old, path = inputs["mlflow_listen_port"], "/api/3.0/mlflow/server-info"
+    changed = {
+        "odsp_mlflow_port": old + 1,
+        "mlflow_workers": 1,
+        "mlflow_memory_max": "3G",
+        "mlflow_allowed_hosts_extra": ["other.example"],
+    }
+    moved = {**inputs, "odsp_mlflow_url": f"https://{inputs['odsp_address']}:{old + 1}"}
+    before = scenario.units(host)
+    try:
+        run = scenario.site("--extra-vars", json.dumps(changed))
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert scenario.restarted(before, scenario.units(host)) == {UNIT}
+        assert python(host, moved, READ, **written) == ["3", 0.5, "kept", "1"]
+        assert ask(host, moved, path, Host="other.example") == 200
+        assert not host.socket(f"tcp://{inputs['odsp_address']}:{old}").is_listening
+        assert len(workers(host)) <= 1
+        assert host.service(UNIT).systemd_properties["MemoryMax"] == str(3 * 2**30)
+    finally:
+        again = scenario.site("--tags", "mlflow")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    assert ask(host, inputs, path, Host="other.example") == 403
+    assert not host.socket(f"tcp://{inputs['odsp_address']}:{old + 1}").is_listening
+
+
+@pytest.mark.fault(
+    "dependency away",
+    "While PostgreSQL or MinIO is stopped, requests that need it end with an error at once, the "
+    "others go on; when it is back, so are they, without a restart.",
+)
+@pytest.mark.parametrize("dependency", ["postgres", "minio"])
+def test_dependency_away(
+    host: Any,
+    inputs: dict[str, Any],
+    written: dict[str, str],
+    measured: Callable[[str], None],
+    dependency: str,
+) -> None:
+    """Requests that need it fail at once, the others do not; all is well when it is back."""
+    needs, other = (search, store) if dependency == "postgres" else (store, search)
+    assert (needs(host, inputs), other(host, inputs)) == (200, 200)
+    before = scenario.main_pid(host, UNIT)
+    with scenario.stopped(host, f"odsp-{dependency}.service"):
+        began = time.monotonic()
+        status = needs(host, inputs)
+        seconds = time.monotonic() - began
+        assert status in (500, 503)
+        assert other(host, inputs) == 200
+    began = time.monotonic()
+    scenario.wait_until(lambda: needs(host, inputs) == 200)
+    back = time.monotonic() - began
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
     assert scenario.main_pid(host, UNIT) == before
+    measured(
+        f"{dependency} stopped: {status} after {seconds:.1f} s; served again {back:.1f} s after "
+        "its start"
+    )
+
+
+@pytest.mark.fault(
+    "dependency late",
+    "A PostgreSQL that takes connections and never answers costs a request at most 30 seconds; "
+    "then it gets a 503. When PostgreSQL goes on, so does MLflow, without a restart.",
+)
+def test_database_hangs(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """A request ends with an error in bounded time; MLflow's health and artifacts go on."""
+    assert search(host, inputs) == 200
+    before = scenario.main_pid(host, UNIT)
+    with scenario.frozen(host, "odsp-postgres.service"):
+        began = time.monotonic()
+        status = search(host, inputs, patience=60)
+        seconds = time.monotonic() - began
+        assert ask(host, inputs) == 200
+    assert status == 503
+    assert seconds < 30
+    began = time.monotonic()
+    scenario.wait_until(lambda: search(host, inputs) == 200)
+    back = time.monotonic() - began
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    assert scenario.main_pid(host, UNIT) == before
+    measured(f"postgres frozen: 503 after {seconds:.0f} s; served again after {back:.1f} s")
+
+
+@pytest.mark.long
+@pytest.mark.fault(
+    "dependency late",
+    "A PostgreSQL that is merely slow is waited for; no request is cut off.",
+)
+def test_slow_answers_are_waited_for(
+    host: Any, inputs: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """A table that somebody locks for a while makes requests late, not wrong."""
+    lock = "BEGIN; LOCK TABLE experiments; SELECT pg_sleep(20); COMMIT"
+    host.check_output(
+        f"systemd-run --uid postgres psql -h /run/postgresql -d mlflow -c {shlex.quote(lock)}"
+    )
+    locks = "SELECT count(*) FROM pg_locks WHERE mode = 'AccessExclusiveLock'"
+    count = f"runuser -u postgres -- psql -h /run/postgresql -d mlflow -Atc {shlex.quote(locks)}"
+    scenario.wait_until(lambda: host.check_output(count).strip() != "0", 10)
+    began = time.monotonic()
+    assert search(host, inputs, patience=60) == 200
+    seconds = time.monotonic() - began
+    assert seconds > 10
+    measured(f"a table locked: 200 after {seconds:.0f} s")
+
+
+@pytest.mark.long
+@pytest.mark.fault(
+    "dependency late",
+    "A MinIO that takes connections and never answers costs an upload or download at most 150 "
+    "seconds; then it gets an error. Runs and metrics go on meanwhile.",
+)
+def test_store_hangs(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """An upload ends with an error in bounded time; the registry does not notice."""
+    assert store(host, inputs) == 200
+    before = scenario.main_pid(host, UNIT)
+    with scenario.frozen(host, "odsp-minio.service"):
+        began = time.monotonic()
+        status = store(host, inputs, patience=300)
+        seconds = time.monotonic() - began
+        assert search(host, inputs) == 200
+    assert status in (500, 503)
+    assert seconds < 150
+    scenario.wait_until(lambda: store(host, inputs) == 200)
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    assert scenario.main_pid(host, UNIT) == before
+    measured(f"minio frozen: {status} after {seconds:.0f} s")
+
+
+@pytest.mark.fault(
+    "full disk",
+    "Artifacts pass through the host's temporary files: without room there an upload ends with an "
+    "error and nothing half is stored, runs and metrics go on; with room again uploads work.",
+)
+def test_full_disk(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """No room is an error, never a torn artifact, and needs no restart when it is over."""
+    with scenario.full_disk(host, UNIT, "/tmp") as disk:
+        scenario.wait_until(lambda: store(host, inputs) == 200, 120)
+        before = scenario.main_pid(host, UNIT)
+        disk.fill()
+        status = store(host, inputs, size=50_000)
+        assert status not in (200, 404)
+        assert search(host, inputs) == 200
+        disk.free()
+        assert store(host, inputs, size=50_000) == 200
+        assert scenario.main_pid(host, UNIT) == before
+    scenario.wait_until(lambda: ask(host, inputs) == 200, 120)
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    measured(f"an upload without room: {status}; runs went on; with room: 200, the same process")
+
+
+@pytest.mark.fault(
+    "out of memory",
+    "What takes more than mlflow_memory_max is ended by the kernel; MLflow answers again by itself "
+    "and has lost nothing.",
+)
+def test_out_of_memory(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """The limit holds, and the server goes on or comes back."""
+    before = scenario.main_pid(host, UNIT)
+    assert scenario.eat_memory(host, UNIT), "limits do not work on this host"
+    began = time.monotonic()
+    scenario.wait_until(lambda: ask(host, inputs) == 200, 120)
+    seconds = time.monotonic() - began
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    same = scenario.main_pid(host, UNIT) == before
+    measured(f"answers {seconds:.1f} s later, {'the same process' if same else 'restarted'}")
+
+
+@pytest.mark.fault(
+    "clock jump",
+    "Two days forward and back again neither stop the server nor need a restart; the store refuses "
+    "signatures that are off by more than 15 minutes, so artifacts wait until the clock is right.",
+)
+def test_clock_jump(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """Runs go on under a wrong clock; artifacts at the latest when it is right again."""
+    with scenario.clock(host, UNIT) as time_of:
+        scenario.wait_until(lambda: ask(host, inputs) == 200, 120)
+        before = scenario.main_pid(host, UNIT)
+        time_of.jump(2 * 86400)
+        scenario.wait_until(lambda: store(host, inputs) != 200, 10)
+        assert search(host, inputs) == 200
+        status = store(host, inputs)
+        time_of.jump(0)
+        scenario.wait_until(lambda: store(host, inputs) == 200, 10)
+        assert scenario.main_pid(host, UNIT) == before
+    scenario.wait_until(lambda: ask(host, inputs) == 200, 120)
+    assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    measured(f"two days ahead: runs 200, artifacts {status}; right again: all 200, same process")
+
+
+@pytest.mark.fault(
+    "expired certificate",
+    "Clients refuse the server, and say why; the next run of site.yml renews the certificate.",
+)
+def test_expired_certificate(
+    host: Any, inputs: dict[str, Any], written: dict[str, str], measured: Callable[[str], None]
+) -> None:
+    """An ended certificate is worth nothing, and is made anew by itself."""
+    with scenario.expired_certificate(host, "mlflow", UNIT):
+        scenario.wait_until(
+            lambda: (
+                host.socket(
+                    f"tcp://{inputs['odsp_address']}:{inputs['mlflow_listen_port']}"
+                ).is_listening
+            ),
+            120,
+        )
+        # A client's own certificate ended with it: shown or not, the server's is looked at first.
+        answer = ask(host, inputs, certificate="")
+        assert "certificate has expired" in str(answer)
+        run = scenario.site("--tags", "mlflow")
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert python(host, inputs, READ, **written) == ["3", 0.5, "kept", "1"]
+    measured("clients: certificate has expired; after one run of the role all is well")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,7 +18,7 @@ import scenario
 UNIT = "odsp-model_server.service"
 PYTHON = "/opt/odsp/mlflow/current/bin/python"
 CERTIFICATE = "/etc/odsp/tls/model_server.pem"
-MODEL = "odsp-test"
+MODEL = "odsp-iris"
 
 #: Trains a real model, registers it, and says what it answers itself.
 TRAIN = """
@@ -24,10 +29,11 @@ data, target = load_iris(return_X_y=True)
 model = LogisticRegression(max_iter=500).fit(data, target)
 mlflow.set_experiment(v["name"])
 with mlflow.start_run():
-    mlflow.sklearn.log_model(model, name="model", registered_model_name=v["name"])
+    made = mlflow.sklearn.log_model(model, name="model", registered_model_name=v["name"])
 mlflow.MlflowClient().set_registered_model_alias(v["name"], "champion", 1)
 rows = data[::15].tolist()
-print(json.dumps({"rows": rows, "predict": model.predict(rows).tolist(),
+print(json.dumps({"version": int(made.registered_model_version), "rows": rows,
+                  "predict": model.predict(rows).tolist(),
                   "predict_proba": model.predict_proba(rows).tolist()}))
 """
 ASK = """
@@ -39,7 +45,7 @@ data = json.dumps(v["body"]).encode() if v["body"] is not None else None
 kind = {"Content-Type": "application/json"}
 request = urllib.request.Request(v["url"], data, kind, method=v["method"])
 try:
-    with urllib.request.urlopen(request, context=context, timeout=900) as answer:
+    with urllib.request.urlopen(request, context=context, timeout=v["patience"]) as answer:
         status, text = answer.status, answer.read().decode()
 except urllib.error.HTTPError as refused:
     status, text = refused.code, refused.read().decode()
@@ -47,6 +53,19 @@ except OSError as refused:
     status, text = str(refused), "null"
 print(json.dumps([status, json.loads(text or "null")]))
 """
+
+#: Inputs that cannot work in a way their types do not show; a part of the sentence that says so.
+FAULTY = {
+    "model_server_tracking_url": ("", "is empty"),
+    "model_server_database_password": ("", "is empty"),
+    "model_server_database_user": ("model@server", "may hold letters, digits"),
+    "model_server_listen_port": (0, "is 0; choose one of 1 to 65535"),
+    "model_server_root_path": ("inference", 'is "inference"; write it as in /inference'),
+    "model_server_workers": (0, "is 0; at least 1"),
+    "model_server_runner_threads": (0, "is 0; a model needs"),
+    "model_server_load_timeout_seconds": (0, "is 0; give a load"),
+    "model_server_memory_max": ("8 GB", 'is "8 GB", which systemd would ignore; write'),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +83,7 @@ def python(host: Any, inputs: dict[str, Any], code: str, **values: Any) -> Any:
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
         "DO_NOT_TRACK": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
     }
     settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     program = f"import json\nv = json.loads({json.dumps(values)!r})\n{code}"
@@ -85,11 +105,28 @@ def ask(
     method: str = "GET",
     body: Any = None,
     certificate: str = CERTIFICATE,
+    patience: float = 900,
 ) -> tuple[Any, Any]:
     """Return status and body of a request, or why there was no answer."""
-    values = {"method": method, "body": body, "certificate": certificate}
-    status, answer = python(host, inputs, ASK, url=url(inputs, path), **values)
+    values = {"method": method, "body": body, "certificate": certificate, "patience": patience}
+    address = path if "://" in path else url(inputs, path)
+    status, answer = python(host, inputs, ASK, url=address, **values)
     return status, answer
+
+
+def predict(
+    host: Any, inputs: dict[str, Any], trained: dict[str, Any], reference: str = "champion"
+) -> bool:
+    """Tell whether the server answers as the model itself does; fail if it answers otherwise."""
+    body = {"data": trained["rows"], "model_flavor": "sklearn"}
+    status, answer = ask(host, inputs, f"/{MODEL}/{reference}", "POST", body, patience=60)
+    assert status != 200 or answer == {"prediction": trained["predict"]}
+    return bool(status == 200)
+
+
+def ready(host: Any, inputs: dict[str, Any]) -> bool:
+    """Tell whether everything that shall be loaded has been brought back."""
+    return bool(ask(host, inputs, "/health/ready", patience=10)[0] == 200)
 
 
 def loaded(host: Any, inputs: dict[str, Any]) -> list[tuple[str, str, int, str]]:
@@ -103,6 +140,14 @@ def loaded(host: Any, inputs: dict[str, Any]) -> list[tuple[str, str, int, str]]
 def trained(host: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return rows, and what the registered model itself answers to them."""
     return dict(python(host, inputs, TRAIN, name=MODEL))
+
+
+@pytest.fixture
+def in_use(host: Any, inputs: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """Return the model while it is loaded, by its alias and its version."""
+    for reference in ("champion", "1"):
+        assert ask(host, inputs, f"/load_model/{MODEL}/sklearn/{reference}")[0] == 200
+    return trained
 
 
 def test_unit_is_enabled_running_and_confined(host: Any) -> None:
@@ -164,8 +209,36 @@ def test_refuses_whoever_shows_no_certificate(host: Any, inputs: dict[str, Any])
     assert ask(host, inputs, "/health/live")[0] == 200
     assert ask(host, inputs, "/health/live", certificate="")[0] != 200
     plain = url(inputs, "/health/live").replace("https", "http")
-    answer = python(host, inputs, ASK, url=plain, method="GET", body=None, certificate="")
-    assert answer[0] != 200
+    assert ask(host, inputs, plain, certificate="")[0] != 200
+
+
+def test_refuses_a_certificate_of_another_authority(host: Any, inputs: dict[str, Any]) -> None:
+    """A certificate somebody made for himself is worth nothing."""
+    made = "/root/odsp-own.pem"
+    host.check_output(
+        f"umask 077; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
+        f"-subj /CN=model_server -days 1 -keyout {made} -out {made}.crt 2>/dev/null; "
+        f"cat {made}.crt >> {made}"
+    )
+    try:
+        assert ask(host, inputs, "/health/live", certificate=made)[0] != 200
+    finally:
+        host.check_output(f"rm -f {made} {made}.crt")
+
+
+def test_refuses_other_hosts(inputs: dict[str, Any]) -> None:
+    """A host that sees the port but has no certificate of the platform gets nothing."""
+    address = (inputs["odsp_address"], inputs["model_server_listen_port"])
+    context = ssl.create_default_context(cadata=scenario.secrets()["vault_ca_certificate"])
+    answer = b""
+    with (
+        socket.create_connection(address, timeout=5) as raw,
+        context.wrap_socket(raw, server_hostname=address[0]) as connection,
+        suppress(OSError),  # refused by an alert, or by an end
+    ):
+        connection.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        answer = connection.recv(100)
+    assert answer == b""
 
 
 def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None:
@@ -175,36 +248,20 @@ def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None
     assert not host.socket(f"tcp://127.0.0.1:{port}").is_listening
 
 
-@pytest.mark.parametrize("blow", ["restart", "kill"])
+@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
 def test_what_was_loaded_comes_back(
-    host: Any, inputs: dict[str, Any], trained: dict[str, Any], blow: str
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], blow: str
 ) -> None:
-    """After a restart, and after the processes were shot."""
-    assert ask(host, inputs, f"/load_model/{MODEL}/sklearn/champion")[0] == 200
+    """After a restart, after the processes were shot, and after a restart of the whole host."""
     if blow == "restart":
         host.check_output(f"systemctl restart {UNIT}")
-    else:
+    elif blow == "kill":
         scenario.kill(host, UNIT)
-    scenario.wait_until(lambda: ask(host, inputs, "/health/ready")[0] == 200, 120)
+    else:
+        scenario.reboot(host)
+    scenario.wait_until(lambda: ready(host, inputs), 120)
     assert (MODEL, "sklearn", 1, "ready") in loaded(host, inputs)
-    body = {"data": trained["rows"], "model_flavor": "sklearn"}
-    assert ask(host, inputs, f"/{MODEL}/champion", "POST", body)[1] == {
-        "prediction": trained["predict"]
-    }
-
-
-def test_registry_may_be_away_while_loaded_models_predict(
-    host: Any, inputs: dict[str, Any], trained: dict[str, Any]
-) -> None:
-    """MLflow's rest is no rest for what is loaded."""
-    assert ask(host, inputs, f"/load_model/{MODEL}/sklearn/1")[0] == 200
-    host.check_output("systemctl stop odsp-mlflow.service")
-    try:
-        body = {"data": trained["rows"], "model_flavor": "sklearn"}
-        status, answer = ask(host, inputs, f"/{MODEL}/1", "POST", body)
-        assert (status, answer) == (200, {"prediction": trained["predict"]})
-    finally:
-        host.check_output("systemctl start odsp-mlflow.service")
+    assert predict(host, inputs, in_use)
 
 
 def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
@@ -215,12 +272,200 @@ def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
         assert (file.user, file.group, file.mode) == ("root", "model_server", 0o640), path
 
 
-def test_empty_endpoint_stops_the_role(host: Any, inputs: dict[str, Any]) -> None:
-    """One sentence names the host, the variable and the remedy; the server goes on as before."""
-    before = scenario.main_pid(host, UNIT)
-    run = scenario.site(
-        "--tags", "model_server", "--extra-vars", '{"model_server_tracking_url": ""}'
-    )
+def test_faulty_inputs_stop_the_role(host: Any) -> None:
+    """A sentence for each names the host, the variable and the remedy; nothing is changed."""
+    before = scenario.units(host)
+    given = {name: value for name, (value, _) in FAULTY.items()}
+    run = scenario.site("--tags", "model_server", "--extra-vars", json.dumps(given))
     assert run.returncode != 0
-    assert "node-1: model_server_tracking_url is empty" in " ".join(run.stdout.split())
+    said = " ".join(run.stdout.replace("\\n", " ").replace('\\"', '"').split())
+    for name, (_, sentence) in FAULTY.items():
+        assert f"node-1: {name} {sentence}" in said
+    assert scenario.recap(run)["node-1"]["changed"] == 0
+    assert scenario.units(host) == before
+
+
+def test_changed_inputs_are_in_force_and_taken_back(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any]
+) -> None:
+    """Another port, prefix and size: one restart of this unit alone; the old port is gone."""
+    old = inputs["model_server_listen_port"]
+    changed = {
+        "odsp_model_server_port": old + 1,
+        "model_server_workers": 1,
+        "model_server_root_path": "/other",
+        "model_server_memory_max": "6G",
+    }
+    moved = {**inputs, "model_server_listen_port": old + 1}
+    before = scenario.units(host)
+    try:
+        run = scenario.site("--extra-vars", json.dumps(changed))
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert scenario.restarted(before, scenario.units(host)) == {UNIT}
+        scenario.wait_until(lambda: ready(host, moved), 120)
+        assert predict(host, moved, in_use)
+        assert ask(host, moved, "/openapi.json")[1]["servers"] == [{"url": "/other"}]
+        assert not host.socket(f"tcp://{inputs['odsp_address']}:{old}").is_listening
+        assert host.service(UNIT).systemd_properties["MemoryMax"] == str(6 * 2**30)
+    finally:
+        again = scenario.site("--tags", "model_server")
+    assert again.returncode == 0, again.stdout[-3000:]
+    scenario.wait_until(lambda: ready(host, inputs), 120)
+    assert predict(host, inputs, in_use)
+    assert not host.socket(f"tcp://{inputs['odsp_address']}:{old + 1}").is_listening
+
+
+@pytest.mark.fault(
+    "dependency away",
+    "While MLflow or PostgreSQL is stopped, loaded models go on predicting by their version; what "
+    "needs MLflow is refused with a sentence, and works again when MLflow is back.",
+)
+@pytest.mark.parametrize("dependency", ["mlflow", "postgres"])
+def test_dependency_away(
+    host: Any,
+    inputs: dict[str, Any],
+    in_use: dict[str, Any],
+    measured: Callable[[str], None],
+    dependency: str,
+) -> None:
+    """MLflow's rest is no rest for what is loaded, nor is the database's."""
+    before = scenario.main_pid(host, UNIT)
+    with scenario.stopped(host, f"odsp-{dependency}.service"):
+        assert predict(host, inputs, in_use, "1")
+        began = time.monotonic()
+        status, answer = ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1", patience=60)
+        seconds = time.monotonic() - began
+        assert status == 503
+        assert len(answer["detail"]) > 10
+    scenario.wait_until(lambda: ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1")[0] == 200, 120)
     assert scenario.main_pid(host, UNIT) == before
+    assert ask(host, inputs, f"/{MODEL}/pyfunc/1", "DELETE")[0] == 200
+    measured(f"{dependency} stopped: loaded 200; a load 503 after {seconds:.1f} s, later 200")
+
+
+@pytest.mark.fault(
+    "dependency late",
+    "While MLflow or PostgreSQL takes connections and never answers, loaded models go on "
+    "predicting by their version.",
+)
+@pytest.mark.parametrize("dependency", ["mlflow", "postgres"])
+def test_dependency_hangs(
+    host: Any,
+    inputs: dict[str, Any],
+    in_use: dict[str, Any],
+    measured: Callable[[str], None],
+    dependency: str,
+) -> None:
+    """Nobody who asks a loaded model waits for somebody else."""
+    with scenario.frozen(host, f"odsp-{dependency}.service"):
+        began = time.monotonic()
+        assert predict(host, inputs, in_use, "1")
+        seconds = time.monotonic() - began
+    assert seconds < 10
+    measured(f"{dependency} frozen: loaded 200 after {seconds:.1f} s")
+
+
+@pytest.mark.long
+@pytest.mark.fault(
+    "dependency late",
+    "A load that needs an MLflow that never answers ends with a sentence within a minute, and "
+    "succeeds when MLflow goes on.",
+)
+def test_loads_do_not_wait_for_ever(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """A request that needs MLflow ends in bounded time."""
+    assert in_use
+    with scenario.frozen(host, "odsp-mlflow.service"):
+        began = time.monotonic()
+        status, answer = ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1", patience=120)
+        seconds = time.monotonic() - began
+    assert status in (503, 504)
+    assert len(answer["detail"]) > 10
+    assert seconds < 60
+    scenario.wait_until(lambda: ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1")[0] == 200, 120)
+    measured(f"mlflow frozen: {status} after {seconds:.0f} s; later 200")
+
+
+@pytest.mark.fault(
+    "full disk",
+    "Without room a load ends with an error that says so and leaves nothing half; loaded models go "
+    "on; with room again the same load works.",
+)
+def test_full_disk(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """No room costs a load, not the service."""
+    version = python(host, inputs, TRAIN, name=MODEL)["version"]
+    with scenario.full_disk(host, UNIT, "/var/lib/odsp/model_server", mib=3072) as disk:
+        scenario.wait_until(lambda: ready(host, inputs), 120)
+        before = scenario.main_pid(host, UNIT)
+        disk.fill()
+        status, answer = ask(host, inputs, f"/load_model/{MODEL}/sklearn/{version}")
+        assert status in (500, 503, 507)
+        assert predict(host, inputs, in_use)
+        disk.free()
+        assert ask(host, inputs, f"/load_model/{MODEL}/sklearn/{version}")[0] == 200
+        assert predict(host, inputs, in_use, str(version))
+        assert ask(host, inputs, f"/{MODEL}/sklearn/{version}", "DELETE")[0] == 200
+        assert scenario.main_pid(host, UNIT) == before
+    scenario.wait_until(lambda: ready(host, inputs), 120)
+    measured(f"a load without room: {status} ({answer}); with room: 200, the same process")
+
+
+@pytest.mark.fault(
+    "out of memory",
+    "What takes more than model_server_memory_max is ended by the kernel; the server answers again "
+    "by itself, with what was loaded.",
+)
+def test_out_of_memory(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """The limit holds, and the server goes on or comes back."""
+    before = scenario.main_pid(host, UNIT)
+    assert scenario.eat_memory(host, UNIT), "limits do not work on this host"
+    began = time.monotonic()
+    scenario.wait_until(lambda: ready(host, inputs) and predict(host, inputs, in_use), 120)
+    seconds = time.monotonic() - began
+    same = scenario.main_pid(host, UNIT) == before
+    measured(f"predicts {seconds:.1f} s later, {'the same process' if same else 'restarted'}")
+
+
+@pytest.mark.fault(
+    "clock jump",
+    "Two days forward and back again neither stop a prediction nor need a restart.",
+)
+def test_clock_jump(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """Predictions go on under a wrong clock, and so do loads."""
+    with scenario.clock(host, UNIT) as time_of:
+        scenario.wait_until(lambda: ready(host, inputs), 120)
+        before = scenario.main_pid(host, UNIT)
+        for seconds in (2 * 86400, 0):
+            time_of.jump(seconds)
+            assert predict(host, inputs, in_use)
+            assert ask(host, inputs, f"/load_model/{MODEL}/sklearn/champion")[0] == 200
+        assert scenario.main_pid(host, UNIT) == before
+    scenario.wait_until(lambda: ready(host, inputs), 120)
+    measured("two days ahead and back: predictions and loads 200, the same process")
+
+
+@pytest.mark.fault(
+    "expired certificate",
+    "Clients refuse the server, and say why; the next run of site.yml renews the certificate.",
+)
+def test_expired_certificate(
+    host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
+) -> None:
+    """An ended certificate is worth nothing, and is made anew by itself."""
+    listening = f"tcp://{inputs['odsp_address']}:{inputs['model_server_listen_port']}"
+    with scenario.expired_certificate(host, "model_server", UNIT):
+        scenario.wait_until(lambda: host.socket(listening).is_listening, 120)
+        answer = ask(host, inputs, "/health/live", certificate="")
+        assert "certificate has expired" in str(answer[0])
+        run = scenario.site("--tags", "model_server")
+        assert run.returncode == 0, run.stdout[-3000:]
+        scenario.wait_until(lambda: ready(host, inputs), 120)
+        assert predict(host, inputs, in_use)
+    measured("clients: certificate has expired; after one run of the role all is well")

@@ -1,9 +1,11 @@
 """Both sides of the door, for use on the host: a client, and an upstream that tells what it got.
 
     door.py ask       requests as JSON on stdin, answers as JSON on stdout
+    door.py crowd     the same, all requests at once
     door.py serve     an upstream on each port that follows; requires a certificate of the platform
     door.py lie       the same with a certificate that the platform's authority never signed
     door.py reload    a WebSocket held open while the unit reloads
+    door.py hold      a WebSocket held open until it breaks, told by the exit status
 
 Standard library only; runs with the host's own Python.
 """
@@ -19,10 +21,13 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 TLS = Path("/etc/odsp/tls")
+LARGE = 50_000_000
 FEATURES = ("multipart_uploads", "multipart_downloads")
 
 
@@ -41,6 +46,16 @@ def headers_of(request: dict[str, Any]) -> dict[str, str]:
 
 
 def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to one request with the seconds it took, or why there was none."""
+    started = time.monotonic()
+    try:
+        answer = exchange(port, request)
+    except (OSError, http.client.HTTPException) as error:
+        answer = {"status": 0, "text": f"{type(error).__name__}: {error}"}
+    return answer | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def exchange(port: int, request: dict[str, Any]) -> dict[str, Any]:
     """Send one request through the door and return the answer."""
     connection = http.client.HTTPSConnection(
         "localhost", port, timeout=20, context=client_context()
@@ -55,7 +70,8 @@ def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
         return {
             "status": answer.status,
             "headers": {name.lower(): value for name, value in answer.getheaders()},
-            "text": text,
+            "text": text[:100_000],
+            "size": len(text),
         }
 
 
@@ -86,6 +102,8 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         if self.path.endswith("/server-info"):
             told |= {f"{feature}_enabled": True for feature in FEATURES}
         body = json.dumps(told, separators=(",", ":")).encode()
+        if self.path == "/large":
+            body = bytes(LARGE)
         self.send_response(302 if self.path == "/moved" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -142,12 +160,32 @@ def reload(port: int, request: dict[str, Any]) -> list[str]:
         return heard
 
 
+def hold(port: int, request: dict[str, Any]) -> None:
+    """Send a word along a WebSocket again and again; fail when it does not come back."""
+    connection = http.client.HTTPSConnection(
+        "localhost", port, timeout=20, context=client_context()
+    )
+    connection.request("GET", request["path"], headers=headers_of(request))
+    socket = connection.sock
+    assert socket.recv(4096).split()[1] == b"101"
+    while True:
+        socket.sendall(b"word")
+        assert socket.recv(100) == b"word"
+        time.sleep(0.1)
+
+
 def main() -> None:
     """Entry point."""
     verb, arguments = sys.argv[1], sys.argv[2:]
     if verb == "ask":
         port, *requests = json.load(sys.stdin)
         print(json.dumps([ask(port, request) for request in requests]))
+    elif verb == "crowd":
+        port, *requests = json.load(sys.stdin)
+        with ThreadPoolExecutor(len(requests)) as pool:
+            print(json.dumps(list(pool.map(lambda request: ask(port, request), requests))))
+    elif verb == "hold":
+        hold(*json.loads(Path(arguments[0]).read_text()))
     elif verb == "reload":
         print(json.dumps(reload(*json.load(sys.stdin))))
     elif verb == "serve":

@@ -18,7 +18,8 @@ short_description: Install a locked Python environment and switch to it atomical
 description:
   - Installs with uv into C(<root>/<name>/<digest>) and moves the link C(<root>/<name>/current).
   - The digest covers the lock, the wheels and the interpreter, so an upgrade stands beside what it
-    replaces, the way back is one link, and an interrupted installation is begun anew.
+    replaces, the way back is one link, and an interrupted installation is begun anew. One that
+    failed leaves nothing behind.
   - Keeps the environment the link pointed to before and removes older ones.
 options:
   name: {description: Component the environment belongs to., type: str, required: true}
@@ -115,7 +116,11 @@ def main() -> None:
     current = link.is_symlink() and os.readlink(link) == digest
     if not module.check_mode:
         if not installed:
-            install(module, path)
+            try:
+                install(module, path)
+            except BaseException:  # fail_json ends by SystemExit
+                shutil.rmtree(path, ignore_errors=True)  # perhaps it is what filled the disk
+                raise
         if not current:
             switch(link, path)
     module.exit_json(changed=not (installed and current), path=str(path), digest=digest)
