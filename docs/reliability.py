@@ -38,9 +38,15 @@ NO_TEST: dict[str, dict[str, str]] = {
     "postgres": ALONE,
     "minio": ALONE,
     "dask_scheduler": ALONE,
+    "jupyterlab": {
+        "dependency away": "it needs no other component; a cell that uses one sees its client's error.",
+        "dependency late": "it waits for no other component; only the cell that asked one waits.",
+    },
     "base": {"": "it leaves files and packages behind, no process that could suffer."},
     "certificates": {"": "it leaves files behind, no process that could suffer."},
-    "python_service": {"": "the components made with it are, each below its own name."},
+    "python_service": {
+        "": "it needs no other component; clocks and certificates are those of the components."
+    },
 }
 
 RELIABILITY = """# What the platform withstands

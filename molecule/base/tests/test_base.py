@@ -199,7 +199,8 @@ def test_connection_closed_without_farewell_is_an_end(host: Any, platform: Pair)
     with serving(host, platform):
         ours, plain = ask(host, scenario.CA, SETTINGS), ask(host, scenario.CA)
     assert ours.stdout.strip() == "hello TLSv1.3 b''", ours.stderr
-    assert "UNEXPECTED_EOF" in plain.stderr, plain.stdout
+    # The older release's Python needs nobody to tell it.
+    assert ("UNEXPECTED_EOF" in plain.stderr) == (host.system_info.codename != "bookworm")
 
 
 def test_site_s_own_tls_policy_is_kept(host: Any, platform: Pair) -> None:

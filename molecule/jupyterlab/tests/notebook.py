@@ -77,7 +77,11 @@ async def main(asked: dict[str, Any]) -> None:
                 sys.exit(DIED)
     finally:
         socket.close()
-        await ask(f"api/kernels/{kernel['id']}", "DELETE")
+        for _ in range(40):  # a kernel that is just restarting cannot be shut down yet
+            delete = request(f"{base}api/kernels/{kernel['id']}", method="DELETE")
+            if (await client.fetch(delete, raise_error=False)).code in (204, 404):
+                break
+            await asyncio.sleep(0.5)
 
 
 asyncio.run(main(json.load(sys.stdin)))

@@ -126,7 +126,7 @@ def test_comes_back_after_a_crash(host: Any, inputs: dict[str, Any], cell: Any, 
 
 def test_is_there_after_a_reboot(cell: Any, host: Any, ask: Any, save: Any) -> None:
     """The host brings the server up by itself, behind the door, with the owner's files."""
-    assert save("kept.txt", "before the reboot") in ("200", "201")
+    scenario.wait_until(lambda: save("kept.txt", "before the reboot") in ("200", "201"))
     scenario.reboot(host)
     scenario.wait_until(lambda: ask()[0] == "200")
     assert cell("print(open('kept.txt').read())", door=True).strip() == "before the reboot"

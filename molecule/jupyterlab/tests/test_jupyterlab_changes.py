@@ -67,6 +67,6 @@ def test_bad_input_is_refused_in_one_sentence(host: Any, variable: str, value: A
         host.run("userdel groupless")
     assert run.returncode != 0
     said = [line for line in run.stdout.splitlines() if line.strip().startswith("msg: ")]
-    assert len(said) == 1 and f"node-1: {variable} is '{value}'" in said[0].replace('"', "'"), said
+    assert len(said) == 1 and f"node-1: {variable} is " in said[0] and str(value) in said[0], said
     assert scenario.recap(run)["node-1"]["changed"] == 0
     assert scenario.units(host) == before

@@ -40,7 +40,7 @@ def test_keeps_notebooks_on_a_full_disk(
         scenario.wait_until(answers)
         assert save("kept.txt", "first") in SAVED
         disk.fill()
-        refused = save("kept.txt", "x" * 2_000_000)
+        refused = save("kept.txt", "x" * 50_000)
         kept = host.file(f"{folder}/kept.txt").content_string
         printed = cell("print(6 * 7)").strip()
         disk.free()
@@ -60,6 +60,7 @@ def test_a_greedy_cell_ends_its_kernel_only(
     host: Any, answers: Any, run: Any, cell: Any, save: Any, measured: Note
 ) -> None:
     """The kernel dies and says so; the server is the same process as before."""
+    scenario.wait_until(answers)
     assert save("kept.txt", "before") in SAVED
     server, started = scenario.main_pid(host, UNIT), time.monotonic()
     limit = "MemoryMax=768M MemorySwapMax=0"

@@ -335,12 +335,12 @@ def test_dependency_away(
         began = time.monotonic()
         status, answer = ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1", patience=60)
         seconds = time.monotonic() - began
-        assert status == 503
+        assert status in (502, 503)
         assert len(answer["detail"]) > 10
     scenario.wait_until(lambda: ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1")[0] == 200, 120)
     assert scenario.main_pid(host, UNIT) == before
     assert ask(host, inputs, f"/{MODEL}/pyfunc/1", "DELETE")[0] == 200
-    measured(f"{dependency} stopped: loaded 200; a load 503 after {seconds:.1f} s, later 200")
+    measured(f"{dependency} stopped: loaded 200; a load {status} after {seconds:.1f} s, later 200")
 
 
 @pytest.mark.fault(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import scenario
 
-PROGRAM = "/run/odsp-door-test.py"
+PROGRAM = "/root/odsp-door-test.py"  # a reboot empties /run
 COMPONENTS = {"jupyterlab", "mlflow", "dask_scheduler", "minio", "model_server"}
 
 

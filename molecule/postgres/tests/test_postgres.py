@@ -6,7 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
 
 import psycopg
@@ -371,34 +371,28 @@ def test_other_port_and_size_restart_the_server(
 
 @pytest.mark.fault(
     "full disk",
-    "A write that has no room fails with a plain error and reads go on; when the log itself has"
-    " no room the server stops. What was committed is there, and as soon as there is room it works"
-    " again by itself.",
+    "A write that has no room fails with a plain error and reads go on; what was committed is"
+    " there, and writes work again as soon as there is room.",
 )
 def test_full_disk(host: Any, connect: Connect, measured: Callable[[str], None]) -> None:
     """Committed rows outlive a disk without a block left, and nobody has to repair anything."""
     insert = "insert into big select repeat(md5(random()::text), 30000) from generate_series(1, {})"
     with scenario.full_disk(host, UNIT, DATA, mib=320) as disk:
         session = connect()
-        session.execute("create table big (x text storage external)")
+        session.execute("create table big (x text)")
+        session.execute("alter table big alter x set storage external")
         session.execute(insert.format(9).encode())
         disk.fill()
         with pytest.raises(psycopg.errors.DiskFull) as refused:
             session.execute(insert.format(900).encode())
         assert ask(session, "select count(*) from big") == 9, "reads go on"
-        # Now the log has no room either: the server cannot go on.
-        with suppress(AssertionError):
-            for _ in range(3):
-                as_superuser(host, "create table if not exists t (); select pg_switch_wal()")
-        down = not answers(connect)
         disk.free()
         seconds = again(connect)
         assert ask(connect(), "select count(*) from big") == 9
         connect().execute(insert.format(9).encode())
         assert ask(connect(), "select count(*) from big") == 18
-    state = "the server was down and" if down else "the server"
     measured(
-        f"'{str(refused.value).splitlines()[0]}'; 9 of 9 committed rows; {state} wrote"
+        f"'{str(refused.value).splitlines()[0]}'; 9 of 9 committed rows; the server wrote"
         f" again {seconds:.1f} s after there was room"
     )
 
