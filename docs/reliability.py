@@ -37,9 +37,11 @@ ALONE = dict.fromkeys(("dependency away", "dependency late"), "it needs no other
 NO_TEST: dict[str, dict[str, str]] = {
     "postgres": ALONE,
     "minio": ALONE,
-    "dask_scheduler": ALONE,
+    "dask_scheduler": dict.fromkeys(
+        ALONE, "it needs no other component; peers of a scheduler that is away: see dask_worker."
+    ),
     "jupyterlab": {
-        "dependency away": "it needs no other component; a cell that uses one sees its client's error.",
+        "dependency away": "it needs no other component; a cell that uses one sees an error.",
         "dependency late": "it waits for no other component; only the cell that asked one waits.",
     },
     "base": {"": "it leaves files and packages behind, no process that could suffer."},

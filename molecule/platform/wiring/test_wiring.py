@@ -5,8 +5,10 @@ Asked of the hosts and servers of any topology; what they should say stands in t
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -22,6 +24,7 @@ from topology import (
     ROUTES,
     TOLD,
     Platform,
+    read_topology,
 )
 
 #: Whether PostgreSQL asks this host for a password, for each database with its owner.
@@ -49,6 +52,13 @@ def show(component):
     return connection.getresponse().status
 print(json.dumps({component: show(component) for component in QUESTION["components"]}))
 """
+
+
+@pytest.fixture(scope="session")
+def platform() -> Platform:
+    """Return the platform that the scenario's own inventory describes."""
+    inventory = Path(os.environ["MOLECULE_INVENTORY_FILE"])
+    return Platform(read_topology(inventory), inventory.parent)
 
 
 def test_units_and_certificates_are_their_components_own(platform: Platform) -> None:

@@ -13,6 +13,7 @@ from topology import Platform
 if os.environ.get("MOLECULE_SCENARIO_NAME") != "platform_partial":
     pytest.skip("asked of the partial platform", allow_module_level=True)
 
+platform = test_wiring.platform
 HOST = "edge-1"
 PAGE = {"Bucket": "jupyterlab", "Key": "odsp-test/page", "Body": b"of the user"}
 
