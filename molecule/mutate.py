@@ -70,6 +70,7 @@ class Bench:
         chosen = f" -k '{' or '.join(tests)}'" if tests else ""
         options = f"--junit-xml={self.report}{chosen}"
         own = run.settings(self.root, self.root / ".ansible/state", self.release, options)
+        own[run.LONG] = "1"
         command = ["molecule", step, "--scenario-name", self.role]
         status, output = run.run(command, cwd=self.root, extra=own)
         with self.log.open("a") as file:

@@ -188,6 +188,7 @@ def test_reload_is_enough_where_the_role_says_so(host: Any) -> None:
     scenario.wait_until(lambda: ask(host)["settings"] == "first")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "left",
     [
@@ -208,6 +209,7 @@ def test_restart_that_a_run_still_owes_is_made_up_for(host: Any, left: str) -> N
     wait_for_answer(host)
 
 
+@pytest.mark.long
 def test_stopped_and_disabled_service_is_back(host: Any) -> None:
     """However it was left, after a run the unit is enabled and answers."""
     host.check_output(f"systemctl disable --now --quiet {UNIT}")
@@ -240,6 +242,7 @@ def test_lock_that_does_not_hold_is_refused(
     assert ask(host)["waitress"] == "3.0.2"
 
 
+@pytest.mark.long
 def test_interrupted_installation_is_begun_anew(host: Any) -> None:
     """Half an environment, left by a run that was killed, does not count as one."""
     inputs = {"python_service_requirements": str(FILES / "requirements-older.txt")}
@@ -332,6 +335,7 @@ def test_bad_input_stops_the_role(host: Any, inputs: dict[str, Any], sentence: s
     assert scenario.restarted(before, scenario.units(host)) == set()
 
 
+@pytest.mark.long
 def test_unit_that_systemd_would_refuse_does_not_land(host: Any) -> None:
     """A program that is not there leaves the old unit, and the old process, in place."""
     before, text = scenario.units(host), f"cat /etc/systemd/system/{UNIT}"
