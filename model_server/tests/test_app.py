@@ -149,6 +149,18 @@ def test_a_body_over_the_limit_is_refused(settings: Settings) -> None:
         assert answer.json()["detail"] == "The body is larger than 1024 bytes; send fewer rows."
 
 
+def test_a_full_disk_is_told_in_a_sentence(settings: Settings) -> None:
+    app = create_app(settings)
+    app.add_api_route("/write", lambda: Path("/dev/full").write_bytes(b"more"))
+    app.add_api_route("/read", lambda: Path("/dev/null/nothing").read_bytes())
+    with TestClient(app) as client:
+        answer = client.get("/write")
+        assert answer.status_code == 507
+        assert "disk is full" in answer.json()["detail"]
+        with pytest.raises(NotADirectoryError):
+            client.get("/read")
+
+
 def test_a_registry_that_is_away_can_be_tried_again(
     empty: TestClient, registry_server: RegistryServer
 ) -> None:

@@ -1,5 +1,6 @@
 """Put the application together; the only place that does."""
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,6 +17,7 @@ from model_server.serving import ModelServing
 from model_server.settings import Settings
 
 _UNAVAILABLE = 503
+_NO_ROOM = 507
 _INVALID = 422
 _RETRY_AFTER_SECONDS = "2"
 
@@ -53,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(router)
     app.add_exception_handler(ModelServerError, _tell_error)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
+    app.add_exception_handler(OSError, _tell_full_disk)
     return app
 
 
@@ -65,3 +68,10 @@ async def _tell_error(_: Request, error: Exception) -> JSONResponse:
 async def _tell_invalid(_: Request, error: Exception) -> JSONResponse:
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     return JSONResponse({"detail": describe(problems)}, _INVALID)
+
+
+async def _tell_full_disk(_: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    detail = "The model server's disk is full; make room on it, then ask again."
+    return JSONResponse({"detail": detail}, _NO_ROOM)
