@@ -77,6 +77,7 @@ def test_a_greedy_cell_ends_its_kernel_only(
     measured(f"The kernel was gone after {took:.0f} s, the server went on, the next cell ran.")
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "clock jump",
     "A day back or ahead harms nothing; where the clock says that certificates have ended nobody "

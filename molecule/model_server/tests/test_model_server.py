@@ -248,14 +248,12 @@ def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None
     assert not host.socket(f"tcp://127.0.0.1:{port}").is_listening
 
 
-@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
+@pytest.mark.parametrize("blow", ["kill", "reboot"])
 def test_what_was_loaded_comes_back(
     host: Any, inputs: dict[str, Any], in_use: dict[str, Any], blow: str
 ) -> None:
-    """After a restart, after the processes were shot, and after a restart of the whole host."""
-    if blow == "restart":
-        host.check_output(f"systemctl restart {UNIT}")
-    elif blow == "kill":
+    """After the processes were shot, and after a restart of the whole host."""
+    if blow == "kill":
         scenario.kill(host, UNIT)
     else:
         scenario.reboot(host)
@@ -432,6 +430,7 @@ def test_out_of_memory(
     measured(f"predicts {seconds:.1f} s later, {'the same process' if same else 'restarted'}")
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "clock jump",
     "Two days forward and back again neither stop a prediction nor need a restart.",

@@ -152,6 +152,7 @@ def certificate_of_the_door(inputs: dict[str, Any], authority: str) -> str:
     return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
+@pytest.mark.long
 def test_another_size_and_a_certificate_of_the_site(
     host: Any, ask: Any, inputs: dict[str, Any], users: list[list[str]], site_certificate: Path
 ) -> None:
