@@ -35,12 +35,9 @@ MEASURED = ROOT / "docs/reliability.json"
 RELEASES = ("bookworm", "trixie")
 #: Longest first, so that none is left alone at the end.
 SCENARIOS = (
-    "platform_spread",
-    "platform_single",
     "model_server",
     "mlflow",
     "nginx",
-    "platform_partial",
     "jupyterlab",
     "dask_worker",
     "dask_scheduler",
@@ -50,12 +47,8 @@ SCENARIOS = (
     "certificates",
     "base",
 )
-#: Topologies are about the wiring, which no release changes: one each, unless both are asked for.
-ENOUGH = {
-    "platform_spread": "trixie",
-    "platform_single": "bookworm",
-    "platform_partial": "trixie",
-}
+#: The whole wiring elsewhere than in inventories/local; `make test-all` proves them.
+TOPOLOGIES = ("platform_spread", "platform_single", "platform_partial")
 #: Memory that a scenario's hosts take while it runs (MiB).
 SCENARIO_MIB = 4096
 #: A scenario that takes longer hangs (seconds).
@@ -442,8 +435,6 @@ def molecule(
         return score
     jobs = jobs or jobs_by_memory()
     pairs = [(role, release) for role in roles for release in releases]
-    if releases == RELEASES and LONG not in os.environ:
-        pairs = [(role, release) for role, release in pairs if ENOUGH.get(role, release) == release]
     say(f"   {len(pairs)} scenarios, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda pair: scenario(*pair), pairs))
@@ -483,7 +474,10 @@ def main() -> int:
     tiers = ("lint", "unit", "contract", "platform", "molecule", "random")
     parser.add_argument("tiers", nargs="+", choices=tiers)
     parser.add_argument(
-        "--role", action="append", choices=SCENARIOS, help="of molecule; default: all"
+        "--role",
+        action="append",
+        choices=(*TOPOLOGIES, *SCENARIOS),
+        help="of molecule; default: all, topologies only with long tests",
     )
     parser.add_argument("--release", action="append", choices=RELEASES, help="default: both")
     parser.add_argument(
@@ -496,7 +490,8 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    roles, releases = tuple(given.role or SCENARIOS), tuple(given.release or RELEASES)
+    usual = (*TOPOLOGIES, *SCENARIOS) if LONG in os.environ else SCENARIOS
+    roles, releases = tuple(given.role or usual), tuple(given.release or RELEASES)
     actions: dict[str, Callable[[], Score]] = {
         "lint": lint,
         "unit": unit,
