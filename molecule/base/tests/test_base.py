@@ -329,6 +329,7 @@ def test_private_key_of_the_authority_is_not_on_the_host(host: Any) -> None:
     assert host.run(look).stdout == ""
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [

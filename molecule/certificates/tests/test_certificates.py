@@ -223,6 +223,7 @@ def test_certificate_is_renewed_in_time(host: Any) -> None:
     assert changed(converge(certificates_renew_days=826, certificates_valid_days=900)) == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "damage",
     [
@@ -282,6 +283,7 @@ def test_clock_that_is_behind_may_use_it_at_once(host: Any) -> None:
     assert verdict.rc == 0, verdict.stderr
 
 
+@pytest.mark.once
 def test_run_that_is_cut_off_leaves_the_old_pair(host: Any) -> None:
     """Killed after it asked for a certificate, a run leaves the old one; the next finishes."""
     before = files(host)
@@ -326,6 +328,7 @@ def test_expired_certificate_is_renewed(host: Any, measured: Callable[[str], Non
     measured("clients refused it; after one run they were served")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [

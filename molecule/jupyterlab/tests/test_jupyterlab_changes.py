@@ -45,6 +45,7 @@ def test_another_port_and_size(
     assert inputs["odsp_jupyterlab_port"] == 8888
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("variable", "value"),
     [

@@ -295,6 +295,7 @@ def test_environment_is_the_lock(host: Any) -> None:
     assert host.check_output(command).strip() == locked[1]
 
 
+@pytest.mark.once
 def test_faulty_inputs_stop_the_role(host: Any) -> None:
     """A sentence for each names the host, the variable and the remedy; nothing is changed."""
     before = scenario.units(host)

@@ -270,6 +270,7 @@ def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
         assert (file.user, file.group, file.mode) == ("root", "model_server", 0o640), path
 
 
+@pytest.mark.once
 def test_faulty_inputs_stop_the_role(host: Any) -> None:
     """A sentence for each names the host, the variable and the remedy; nothing is changed."""
     before = scenario.units(host)

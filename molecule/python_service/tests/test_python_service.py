@@ -137,6 +137,7 @@ def test_nothing_restarts_when_nothing_changed(host: Any) -> None:
     assert scenario.restarted(before, scenario.units(host)) == set()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("inputs", "question"),
     [
@@ -173,6 +174,7 @@ def test_changed_limit_is_in_force_at_once(host: Any) -> None:
     assert host.check_output(limit) == str(MEMORY_MAX_MIB * 2**20)
 
 
+@pytest.mark.once
 def test_reload_is_enough_where_the_role_says_so(host: Any) -> None:
     """A service that can reload keeps its process when only such a file changed."""
     before, pid = scenario.units(host), ask(host)["pid"]
@@ -218,6 +220,7 @@ def test_stopped_and_disabled_service_is_back(host: Any) -> None:
     assert host.service(UNIT).is_enabled
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("find", "replace"),
     [("sha256:", "sha256:00000000"), (" \\\n    --hash", "  # --hash")],
@@ -307,6 +310,7 @@ def test_full_disk_leaves_the_old_environment(host: Any, measured: Callable[[str
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
