@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 platform = .venv/bin/python playbooks/local/platform.py
 tests = .venv/bin/python molecule/run.py
+# Set, as images often have it, every run of Ansible compiles itself anew: a fifth of its time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## list the targets

@@ -33,10 +33,14 @@ WORK = ROOT / ".ansible/molecule"
 #: What the tests of faults measured, kept for docs/reliability.md.
 MEASURED = ROOT / "docs/reliability.json"
 RELEASES = ("bookworm", "trixie")
-#: Longest first, so that none is left alone at the end.
+#: Every role alone, and the whole wiring elsewhere than in inventories/local (platform_*). Longest
+#: first, so that none is left alone at the end.
 SCENARIOS = (
+    "platform_spread",
     "model_server",
     "mlflow",
+    "platform_partial",
+    "platform_single",
     "nginx",
     "jupyterlab",
     "dask_worker",
@@ -47,8 +51,6 @@ SCENARIOS = (
     "certificates",
     "base",
 )
-#: The whole wiring elsewhere than in inventories/local; `make test-all` proves them.
-TOPOLOGIES = ("platform_spread", "platform_single", "platform_partial")
 #: Memory that a scenario's hosts take while it runs (MiB).
 SCENARIO_MIB = 4096
 #: A scenario that takes longer hangs (seconds).
@@ -59,8 +61,6 @@ STEP = re.compile(r"> (\w+)\] (Executing$|Executed: (\w+))")
 ANSI = re.compile(r"\x1b(\[[0-9;]*m|\][^\x1b]*\x1b\\)")
 
 running: set[subprocess.Popen[str]] = set()
-#: Set by `make test-all`: every test, every topology on both releases.
-LONG = "ODSP_LONG_TESTS"
 
 _print_lock = threading.Lock()
 
@@ -429,7 +429,7 @@ def jobs_by_memory() -> int:
 def molecule(
     roles: tuple[str, ...], releases: tuple[str, ...], jobs: int, keep_figures: bool = False
 ) -> Score:
-    """Every role alone, on both releases; two scenarios at a time where memory allows."""
+    """Every scenario on both releases; two at a time where memory allows."""
     score = make_ready(releases)
     if score.failed:
         return score
@@ -476,8 +476,8 @@ def main() -> int:
     parser.add_argument(
         "--role",
         action="append",
-        choices=(*TOPOLOGIES, *SCENARIOS),
-        help="of molecule; default: all, topologies only with long tests",
+        choices=SCENARIOS,
+        help="of molecule; default: all",
     )
     parser.add_argument("--release", action="append", choices=RELEASES, help="default: both")
     parser.add_argument(
@@ -490,8 +490,7 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    usual = (*TOPOLOGIES, *SCENARIOS) if LONG in os.environ else SCENARIOS
-    roles, releases = tuple(given.role or usual), tuple(given.release or RELEASES)
+    roles, releases = tuple(given.role or SCENARIOS), tuple(given.release or RELEASES)
     actions: dict[str, Callable[[], Score]] = {
         "lint": lint,
         "unit": unit,

@@ -138,7 +138,7 @@ def clock(host: Any, unit: str) -> Iterator[Clock]:
     library = host.check_output(f"ls {FAKETIME}").strip()
     file, folder = f"/run/odsp-clock-{unit}", f"/run/systemd/system/{unit}.d"
     settings = (
-        f"LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_CACHE_DURATION=1 "
+        f"LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_NO_CACHE=1 "
         "FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1 FAKETIME_DISABLE_SHM=1"
     )
     moved = Clock(host, file)
