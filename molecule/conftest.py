@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
+import playbook
 import pytest
 
 
@@ -15,14 +15,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     inventory = session.config.getoption("--ansible-inventory", default=None)
     if not inventory or "MOLECULE_INVENTORY_FILE" not in os.environ:
         return
-    root = Path(__file__).parent.parent
-    command = ["ansible-playbook", str(root / "molecule/_shared/testinfra.yml")]
-    for source in (
-        root / "inventories/common",
-        root / "molecule/_shared/inventory",
-        Path(os.environ["ODSP_STATE_DIR"]) / "secrets",
-        Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent,
-    ):
+    command = ["ansible-playbook", str(playbook.ROOT / "molecule/_shared/testinfra.yml")]
+    for source in playbook.inventories():
         command += ["--inventory", str(source)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import base64
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from scenario import TLS, main_pid, secrets, wait_until
 
-TLS = "/etc/odsp/tls"
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 
 # Eats more than the unit may have, as a part of the unit; the kernel is told whom to end first.
 EATER = """
 import sys
 open("/proc/self/oom_score_adj", "w").write("500")
+print("begins", flush=True)
 hoard = []
 for _ in range(int(sys.argv[1]) // 8):
     hoard.append(b"x" * 2**23)
+print("has it all")
 """
 
 
@@ -80,20 +79,34 @@ def memory_group(host: Any, unit: str) -> str:
     raise AssertionError(f"{unit} has no memory controller at {group}")
 
 
-def eat_memory(host: Any, unit: str, mib: int = 64) -> bool:
-    """Let a part of the unit take more than the unit may have; return whether it was stopped.
+@contextmanager
+def memory_limit(host: Any, unit: str, mib: int) -> Iterator[None]:
+    """Let a unit, which must have a limit of its own, have less memory for the moment (MiB)."""
+    shown = f"systemctl show --value --property MemoryMax {unit}"
+    own = host.check_output(shown).strip()
+    assert own.isdigit() and int(own) >= mib * 2**20, f"{unit} may take {own} bytes"
+    host.check_output(f"systemctl set-property --runtime {unit} MemoryMax={mib}M MemorySwapMax=0")
+    try:
+        yield
+    finally:
+        host.check_output(f"rm -rf /run/systemd/system.control/{unit}.d; systemctl daemon-reload")
+        assert host.check_output(shown).strip() == own
+
+
+def eat_memory(host: Any, unit: str, mib: int = 64) -> None:
+    """Let a part of the unit take more than the unit may have; it must be killed for that.
 
     The limit is lowered for the moment to what the unit has now and `mib` more (MiB).
     """
     group = memory_group(host, unit)
     usage = f"cat {group}/memory.current {group}/memory.usage_in_bytes 2>/dev/null"
     limit = int(host.run(usage).stdout.split()[0]) // 2**20 + mib
-    host.check_output(f"systemctl set-property --runtime {unit} MemoryMax={limit}M MemorySwapMax=0")
-    try:
-        eater = f"echo $$ > {group}/cgroup.procs; exec python3 -c {shlex.quote(EATER)} {2 * limit}"
-        return bool(host.run(f"sh -c {shlex.quote(eater)}").rc != 0)
-    finally:
-        host.check_output(f"rm -rf /run/systemd/system.control/{unit}.d; systemctl daemon-reload")
+    eater = f"echo $$ > {group}/cgroup.procs; exec python3 -c {shlex.quote(EATER)} {2 * limit}"
+    with memory_limit(host, unit, limit):
+        eaten = host.run(f"sh -c {shlex.quote(eater)}")
+    # It began, and nothing but the kernel ended it.
+    said = (eaten.rc != 0, eaten.stdout.split(), "Error" in eaten.stderr)
+    assert said == (True, ["begins"], False), f"{limit} MiB stopped nobody: {said}"
 
 
 @contextmanager
@@ -143,21 +156,21 @@ def clock(host: Any, unit: str) -> Iterator[Clock]:
     )
     moved = Clock(host, file)
     moved.jump(0)
+
+    def is_faked() -> bool:
+        """Tell whether the unit's main process has the library that moves its clock."""
+        return bool(host.run(f"grep -q faketime /proc/{main_pid(host, unit)}/maps").rc == 0)
+
     try:
         host.check_output(
             f"mkdir -p {folder} && printf '[Service]\\nEnvironment=%s\\n' '{settings}' "
             f"> {folder}/clock.conf && systemctl daemon-reload && systemctl restart {unit}"
         )
+        wait_until(is_faked)
         yield moved
     finally:
         host.run(f"rm -rf {folder} {file}; systemctl daemon-reload; systemctl reset-failed {unit}")
         host.check_output(f"systemctl restart {unit}")
-
-
-def secrets() -> dict[str, Any]:
-    """Return the scenario's generated secrets."""
-    folder = Path(os.environ["ODSP_STATE_DIR"]) / "secrets/group_vars/all"
-    return dict(yaml.safe_load((folder / "vault.yml").read_text()))
 
 
 def ended_yesterday(pem: str) -> str:

@@ -6,55 +6,63 @@ import base64
 import json
 import os
 import re
+import shlex
 import socket
+import ssl
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What tests of faults use comes from here too.
-from faults import (
-    clock,
-    eat_memory,
-    expired_certificate,
-    frozen,
-    full_disk,
-    secrets,
-    stopped,
-)
+from playbook import ROOT, changed, converge, recap, secrets, sentences, site
 
 __all__ = [
+    "CA",
+    "ROOT",
+    "TLS",
     "assert_confined",
-    "clock",
-    "eat_memory",
-    "expired_certificate",
-    "frozen",
-    "full_disk",
+    "changed",
+    "converge",
+    "foreign_pair",
+    "handshake",
     "journal",
     "kill",
     "main_pid",
+    "name_of",
     "places_of",
+    "python",
     "reboot",
     "recap",
+    "refuses_strangers",
     "restarted",
     "secrets",
+    "sentences",
     "site",
-    "stopped",
+    "strike",
     "units",
     "wait_until",
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
-CA = "/etc/odsp/tls/ca.crt"
+TLS = "/etc/odsp/tls"
+CA = f"{TLS}/ca.crt"
 
 
-def journal(host: Any, unit: str) -> str:
-    """Return the unit's last lines, for the message of a failed assertion."""
-    return str(host.run(f"journalctl --no-pager --unit {unit} --lines 50").stdout)
+def name_of(host: Any) -> str:
+    """Return the host's name in the inventory."""
+    return str(host.backend.get_pytest_id().rsplit("://")[-1])
 
 
-def assert_confined(host: Any, unit: str, user: str, exposure: float = 2.3) -> None:
+def journal(host: Any, unit: str, since: float | None = None) -> str:
+    """Return the unit's last lines, or all since a time on the host (seconds since 1970)."""
+    which = "--lines 50" if since is None else f"--since @{since:.6f}"
+    return str(host.run(f"journalctl --no-pager --unit {unit} {which}").stdout)
+
+
+def assert_confined(
+    host: Any, unit: str, user: str, *, exposure: float, capabilities: str = ""
+) -> None:
     """The unit runs, is enabled, and cannot touch the rest of the host.
 
     `exposure` is the ceiling of systemd's own score: 0 is locked up, 10 is free.
@@ -67,7 +75,7 @@ def assert_confined(host: Any, unit: str, user: str, exposure: float = 2.3) -> N
     assert properties["ProtectSystem"] == "strict"
     assert properties["NoNewPrivileges"] == "yes"
     # systemd shows an empty list as no line at all.
-    assert properties.get("CapabilityBoundingSet", "") == ""
+    assert properties.get("CapabilityBoundingSet", "") == capabilities
     verdict = host.check_output(f"systemd-analyze security --no-pager {unit} | tail -n 1")
     score = re.search(r"for \S+: ([0-9.]+) ", verdict)
     assert score, verdict
@@ -99,22 +107,91 @@ def kill(host: Any, unit: str) -> None:
     wait_until(restarted)
 
 
-def places_of(host: Any, secret: str) -> list[str]:
-    """Return where anyone on the host could read the secret: arguments, the journal, open files."""
-    assert len(secret) >= 8, "too short to be looked for"
-    needle, text = "/root/odsp-needle", base64.b64encode(secret.encode()).decode()
-    host.check_output(f"umask 077; echo {text} | base64 -d > {needle}")
+def strike(host: Any, unit: str, blow: str) -> None:
+    """Let one of three things happen to a unit: `restart`, `kill` (without warning), `reboot`."""
+    if blow == "kill":
+        kill(host, unit)
+    elif blow == "reboot":
+        reboot(host)
+    else:
+        assert blow == "restart", blow
+        host.check_output(f"systemctl restart {unit}")
+
+
+def python(
+    host: Any,
+    code: str,
+    interpreter: str = "python3",
+    environment: Mapping[str, str] | None = None,
+    **values: Any,
+) -> Any:
+    """Run Python on the host with `values` as the dict `v`; return its last line, read as JSON."""
+    settings = " ".join(f"{name}={shlex.quote(text)}" for name, text in (environment or {}).items())
+    program = f"import json\nv = json.loads({json.dumps(values)!r})\n{code}"
+    encoded = base64.b64encode(program.encode()).decode()
+    answer = host.run(f"echo {encoded} | base64 -d | env {settings} timeout 300 {interpreter} -")
+    assert answer.rc == 0, answer.stdout + answer.stderr
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@contextmanager
+def foreign_pair(host: Any, name: str) -> Iterator[str]:
+    """Make a certificate of no authority on the host; yield its path less .crt, .key and .pem."""
+    made = "/root/odsp-foreign"
+    host.check_output(
+        f"umask 077; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
+        f"-subj /CN={name} -days 1 -keyout {made}.key -out {made}.crt 2>/dev/null; "
+        f"cat {made}.crt {made}.key > {made}.pem"
+    )
+    try:
+        yield made
+    finally:
+        host.check_output(f"rm -f {made}.*")
+
+
+def handshake(host: Any, where: str, pair: str = "") -> str:
+    """Return what openssl says of a connection to an address and port, held open for a moment.
+
+    `pair` is the path of a certificate and its key, less .crt and .key.
+    """
+    own = f"-cert {pair}.crt -key {pair}.key" if pair else ""
+    command = f"openssl s_client -connect {where} -CAfile {CA} {own}"
+    words = "grep -aoE 'Verification: OK|certificate required|alert unknown ca|wrong version'"
+    return str(host.run(f"(sleep 1; echo; sleep 1) | timeout 10 {command} 2>&1 | {words}").stdout)
+
+
+def refuses_strangers(address: str, port: int) -> str:
+    """Ask from another host, by TLS but without a certificate; return how the server refuses."""
+    context = ssl.create_default_context(cadata=secrets()["vault_ca_certificate"])
+    with (
+        socket.create_connection((address, port), timeout=10) as raw,
+        context.wrap_socket(raw, server_hostname=address) as connection,
+    ):
+        try:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = connection.recv(100)
+        except (ssl.SSLError, ConnectionError) as refusal:
+            return str(refusal)
+    assert not answer, answer
+    return "closed"
+
+
+def places_of(host: Any, *given: str) -> list[str]:
+    """Return where anyone on the host could read a secret: arguments, the journal, open files."""
+    assert all(len(secret) >= 8 for secret in given), "too short to be looked for"
+    needles, text = "/root/odsp-needles", base64.b64encode("\n".join(given).encode()).decode()
+    host.check_output(f"umask 077; echo {text} | base64 -d > {needles}")
     try:
         looks = {
-            "arguments": f"cat /proc/[0-9]*/cmdline 2>/dev/null | grep -acF -f {needle}",
+            "arguments": f"cat /proc/[0-9]*/cmdline 2>/dev/null | grep -acF -f {needles}",
             # Without sudo's lines: they quote the tests' own commands.
-            "journal": rf"journalctl --no-pager | grep -v ' sudo\[' | grep -cF -f {needle}",
-            "files": "find /etc /opt/odsp /run /tmp /usr/local /var -xdev -type f -perm -o=r "
-            f"-exec grep -lF -f {needle} {{}} + 2>/dev/null",
+            "journal": rf"journalctl --no-pager | grep -v ' sudo\[' | grep -cF -f {needles}",
+            "files": "find /etc /home /opt/odsp /run /srv /tmp /usr/local /var -xdev -type f "
+            f"-perm -o=r -exec grep -lF -f {needles} {{}} + 2>/dev/null",
         }
         answers = {place: host.run(look).stdout.strip() for place, look in looks.items()}
     finally:
-        host.check_output(f"rm -f {needle}")
+        host.check_output(f"rm -f {needles}")
     return [f"{place}: {found}" for place, found in answers.items() if found not in ("", "0")]
 
 
@@ -141,7 +218,7 @@ def podman(*arguments: str) -> None:
 def reboot(host: Any, seconds: float = 120) -> None:
     """Restart the host and wait until it has started everything that it starts by itself."""
     machine = json.loads((Path(os.environ["ODSP_STATE_DIR"]) / "machine.json").read_text())
-    name = host.backend.get_pytest_id().rsplit("://")[-1]
+    name = name_of(host)
     podman("restart", "--time", "30", f"{machine['platform']}-{name}")
 
     def reachable() -> bool:
@@ -163,45 +240,3 @@ def reboot(host: Any, seconds: float = 120) -> None:
         return state in ("running", "degraded")
 
     wait_until(started, seconds)
-
-
-def site(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the platform's playbook on the scenario's hosts, as its converge step did.
-
-    Whatever it comes to, its output must hold no secret.
-    """
-    sources = [
-        ROOT / "inventories/common",
-        ROOT / "molecule/_shared/inventory",
-        Path(os.environ["ODSP_STATE_DIR"]) / "secrets",
-        Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent,
-    ]
-    inventories = [part for source in sources for part in ("--inventory", str(source))]
-    run = subprocess.run(
-        ["ansible-playbook", str(ROOT / "playbooks/site.yml"), "--diff", *inventories, *arguments],
-        check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},
-    )  # fmt: skip
-    assert_no_secret(run.stdout + run.stderr)
-    return run
-
-
-def assert_no_secret(text: str) -> None:
-    """None of the scenario's secrets, generated or written in its inventory, is in the text."""
-    known = secrets()
-    values = [v for k, v in known.items() if isinstance(v, str) and k != "vault_ca_certificate"]
-    values += known.get("vault_user_passwords", {}).values()
-    # Of a key, a line that is its own alone.
-    needles = [value.splitlines()[1 if "PRIVATE KEY" in value else 0] for value in values]
-    assert needles
-    told = [f"{needle[:3]}…" for needle in needles if needle in text]
-    told += re.findall(r"not-a-secret[-\w]*", text)
-    assert told == [], f"Ansible's output tells {told}"
-
-
-def recap(run: subprocess.CompletedProcess[str]) -> dict[str, dict[str, int]]:
-    """Return what Ansible counted, host by host: ok, changed, failed and the rest."""
-    lines = re.findall(r"^(\S+) +: (ok=.*)$", run.stdout, re.MULTILINE)
-    assert lines, run.stdout[-2000:] + run.stderr[-2000:]
-    counts = {host: dict(re.findall(r"(\w+)=(\d+)", text)) for host, text in lines}
-    return {h: {name: int(n) for name, n in found.items()} for h, found in counts.items()}

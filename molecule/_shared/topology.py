@@ -5,18 +5,17 @@ Nothing here is read from the inventory's wiring: it is what the wiring is compa
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import socket
 import ssl
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import playbook
 import scenario
 import testinfra
 import yaml
@@ -206,21 +205,11 @@ class Platform:
     #: What the hosts said since the last playbook.
     said: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def play(self, playbook: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def play(self, name: str, *arguments: str) -> playbook.Run:
         """Run a playbook as an operator does; its output must hold no secret."""
         self.said.clear()
-        common = scenario.ROOT / "inventories/common"
-        shared = scenario.ROOT / "molecule/_shared/inventory"
-        sources = (common, shared, STATE / "secrets", self.inventory)
-        inventories = [part for source in sources for part in ("--inventory", str(source))]
-        path = str(scenario.ROOT / "playbooks" / playbook)
-        run = subprocess.run(
-            ["ansible-playbook", path, *inventories, *arguments],
-            check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
-        )  # fmt: skip
-        scenario.assert_no_secret(run.stdout + run.stderr)
-        return run
+        sources = (*playbook.inventories()[:-1], self.inventory)
+        return playbook.play(scenario.ROOT / "playbooks" / name, *arguments, sources=sources)
 
     def verify(self) -> dict[str, Any]:
         """Walk the data's way through the platform; return the verdict."""
@@ -270,12 +259,10 @@ class Platform:
         return self.said[host]
 
     def ask(self, host: str, program: str, question: object) -> Any:
-        """Run a Python program on a host; it reads the question and prints the answer as JSON."""
-        text = f"import json\nQUESTION = json.loads({json.dumps(question)!r})\n{program}"
-        encoded = base64.b64encode(text.encode()).decode()
-        answer = self.on(host).run(f"echo {encoded} | base64 -d | python3 -")
-        assert answer.rc == 0, answer.stdout + answer.stderr
-        return json.loads(answer.stdout)
+        """Run a Python program on a host; it reads QUESTION and prints the answer as JSON."""
+        return scenario.python(
+            self.on(host), f"QUESTION = v['question']\n{program}", question=question
+        )
 
     def greet(self, host: str, port: int, name: str = "") -> tuple[Mapping[str, Any], str]:
         """Shake hands without a certificate of one's own and say something.

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import scenario
 from cryptography import x509
@@ -304,7 +305,7 @@ def test_run_that_is_cut_off_leaves_the_old_pair(host: Any) -> None:
 @pytest.mark.fault("full disk", "The old pair stays whole and in use; the next run renews it.")
 def test_full_disk_leaves_the_old_pair(host: Any, measured: Callable[[str], None]) -> None:
     """A renewal that finds no room fails and changes nothing that is in use."""
-    with scenario.full_disk(host, UNIT, "/etc/odsp/tls", mib=1) as disk:
+    with faults.full_disk(host, UNIT, "/etc/odsp/tls", mib=1) as disk:
         scenario.wait_until(lambda: ask(host) == "hello")
         before = files(host)
         disk.fill()
@@ -321,7 +322,7 @@ def test_full_disk_leaves_the_old_pair(host: Any, measured: Callable[[str], None
 @pytest.mark.fault("expired certificate", "The next run renews it by itself.")
 def test_expired_certificate_is_renewed(host: Any, measured: Callable[[str], None]) -> None:
     """Clients refuse what ended yesterday; one run of the role later they are served."""
-    with scenario.expired_certificate(host, "probe", UNIT):
+    with faults.expired_certificate(host, "probe", UNIT):
         scenario.wait_until(lambda: "expired" in ask(host, pem=""))
         assert changed(converge()) == 3
         assert ask(host) == "hello"

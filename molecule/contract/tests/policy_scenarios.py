@@ -64,7 +64,7 @@ def every_test_can_fail(house: House) -> Iterator[str]:
                 yield f"{house.name(file)}: {function.name} cannot fail"
         for file in files:
             for word in re.findall(
-                r"\b(?:mark\.skip\b|mark\.xfail|importorskip)", house.text(file)
+                r"\b(?:mark\.skip|mark\.xfail|importorskip|pytest\.skip)", house.text(file)
             ):
                 yield f"{house.name(file)}: {word}"
 

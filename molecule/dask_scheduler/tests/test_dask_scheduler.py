@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import scenario
 
@@ -299,7 +300,7 @@ def test_another_port_takes_the_workers_along(host: Any, inputs: dict[str, Any])
 )
 def test_a_full_disk_stops_nothing(host: Any, inputs: dict[str, Any], measured: Note) -> None:
     """Not even the byte code of what it imports must have a place."""
-    with scenario.full_disk(host, UNIT, CACHE, mib=64) as disk:
+    with faults.full_disk(host, UNIT, CACHE, mib=64) as disk:
         assert_served(host, inputs)
         host.check_output(f"rm -rf {CACHE}/*")
         disk.fill()
@@ -352,7 +353,7 @@ def test_the_clock_may_jump(host: Any, inputs: dict[str, Any], measured: Note) -
     now = """
 print(client.run_on_scheduler(time.time) - time.time())
 """
-    with scenario.clock(host, UNIT) as moved:
+    with faults.clock(host, UNIT) as moved:
         before, run = assert_served(host, inputs), scenario.units(host)
         for seconds in (86400, 0):
             moved.jump(seconds)
@@ -376,7 +377,7 @@ def test_an_expired_certificate_is_renewed(
     host: Any, inputs: dict[str, Any], measured: Note
 ) -> None:
     """Clients name the reason, workers stay away, and both are served after `site.yml`."""
-    with scenario.expired_certificate(host, "dask_scheduler", UNIT):
+    with faults.expired_certificate(host, "dask_scheduler", UNIT):
         pair = f"{TLS}/dask_worker"
         refused = host.run(program(inputs, CLIENT, pair=pair, timeout=4))
         assert refused.rc != 0 and "certificate has expired" in refused.stderr, refused.stderr

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import scenario
 import testinfra
@@ -222,7 +223,7 @@ def test_stopping_takes_the_workers_out_and_starting_brings_them_back(
     """A stop is orderly and quick; the cluster forgets the workers at once."""
     expected = int(inputs["dask_worker_processes"])
     began = time.monotonic()
-    with scenario.stopped(host, UNIT):
+    with faults.stopped(host, UNIT):
         assert time.monotonic() - began < 25
         assert host.service(UNIT).systemd_properties["Result"] == "success"
         joined(host, inputs, 0, seconds=10)
@@ -349,7 +350,7 @@ def test_another_size_of_one_host_restarts_that_host_only(nodes: Nodes) -> None:
 def test_workers_come_back_to_the_scheduler(nodes: Nodes, measured: Note) -> None:
     """Nobody has to start anything on the worker hosts."""
     before = {name: scenario.units(host)[UNIT] for name, host in nodes.items()}
-    with scenario.stopped(nodes["node-1"], SCHEDULER):
+    with faults.stopped(nodes["node-1"], SCHEDULER):
 
         def noticed() -> bool:
             """Tell whether every host's workers have ended with their scheduler."""
@@ -385,7 +386,7 @@ print(json.dumps([answers, longest]))
         work = pool.submit(ask, two, variables(two), at_work, running=RUNNING)
         try:
             scenario.wait_until(lambda: two.file(RUNNING).exists)
-            with scenario.frozen(one, SCHEDULER):
+            with faults.frozen(one, SCHEDULER):
                 began = time.monotonic()
                 with pytest.raises(AssertionError, match=r"[Tt]imed out"):
                     ask(two, variables(two), "print(0)", timeout=4)
@@ -520,7 +521,7 @@ wait(futures, timeout=100)
 sizes = client.gather(client.map(len, futures, pure=False))
 print(json.dumps([len(futures), sizes.count(10 * 2**20)]))
 """
-    with scenario.full_disk(one, UNIT, HOME, mib=320) as disk:
+    with faults.full_disk(one, UNIT, HOME, mib=320) as disk:
         joined(one, inputs, 1)
         before, run = pids(one, inputs), scenario.units(one)
         disk.fill()
@@ -559,7 +560,7 @@ def test_the_clock_may_jump(nodes: Nodes, measured: Note) -> None:
     now = """
 print(client.submit(time.time, pure=False, workers=list(own())).result(20) - time.time())
 """
-    with scenario.clock(one, UNIT) as moved:
+    with faults.clock(one, UNIT) as moved:
         joined(two, inputs, 1)
         before, run = pids(two, inputs), scenario.units(one)
         seen = []
@@ -587,7 +588,7 @@ def test_an_expired_certificate_is_renewed(nodes: Nodes, measured: Note) -> None
     """Nobody has to look for it: `site.yml` does."""
     one, two = nodes["node-1"], nodes["node-2"]
     inputs, run = variables(one), scenario.units(two)
-    with scenario.expired_certificate(one, "dask_worker", UNIT):
+    with faults.expired_certificate(one, "dask_worker", UNIT):
         joined(two, inputs, 0, seconds=20)
         # The scheduler's word.
         scenario.wait_until(

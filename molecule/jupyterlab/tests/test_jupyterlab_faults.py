@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import faults
 import pytest
 import scenario
 
@@ -36,7 +37,7 @@ def test_keeps_notebooks_on_a_full_disk(
 ) -> None:
     """Nothing that was saved is lost or cut."""
     folder = host.user(inputs["jupyterlab_user"]).home
-    with scenario.full_disk(host, UNIT, folder, 96) as disk:
+    with faults.full_disk(host, UNIT, folder, 96) as disk:
         scenario.wait_until(answers)
         assert save("kept.txt", "first") in SAVED
         disk.fill()
@@ -87,7 +88,7 @@ def test_lives_with_a_wrong_clock(
     host: Any, ask: Any, answers: Any, cell: Any, measured: Note
 ) -> None:
     """Cells run at every time at which the certificates hold; no restart is needed."""
-    with scenario.clock(host, UNIT) as clock:
+    with faults.clock(host, UNIT) as clock:
         scenario.wait_until(answers)
         server = scenario.main_pid(host, UNIT)
         for days in (1, 0):
@@ -110,7 +111,7 @@ def test_renews_an_expired_certificate(
     host: Any, ask: Any, cell: Any, answers: Any, measured: Note
 ) -> None:
     """Nobody comes in with the old one; a run of the role later cells run through the door."""
-    with scenario.expired_certificate(host, "jupyterlab", UNIT):
+    with faults.expired_certificate(host, "jupyterlab", UNIT):
 
         def expired() -> bool:
             """Tell whether the server shows a certificate that has ended."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import faults
 import pytest
 import scenario
 
@@ -329,7 +330,7 @@ def test_dependency_away(
 ) -> None:
     """MLflow's rest is no rest for what is loaded, nor is the database's."""
     before = scenario.main_pid(host, UNIT)
-    with scenario.stopped(host, f"odsp-{dependency}.service"):
+    with faults.stopped(host, f"odsp-{dependency}.service"):
         assert predict(host, inputs, in_use, "1")
         began = time.monotonic()
         status, answer = ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1", patience=60)
@@ -356,7 +357,7 @@ def test_dependency_hangs(
     dependency: str,
 ) -> None:
     """Nobody who asks a loaded model waits for somebody else."""
-    with scenario.frozen(host, f"odsp-{dependency}.service"):
+    with faults.frozen(host, f"odsp-{dependency}.service"):
         began = time.monotonic()
         assert predict(host, inputs, in_use, "1")
         seconds = time.monotonic() - began
@@ -375,7 +376,7 @@ def test_loads_do_not_wait_for_ever(
 ) -> None:
     """A request that needs MLflow ends in bounded time."""
     assert in_use
-    with scenario.frozen(host, "odsp-mlflow.service"):
+    with faults.frozen(host, "odsp-mlflow.service"):
         began = time.monotonic()
         status, answer = ask(host, inputs, f"/load_model/{MODEL}/pyfunc/1", patience=120)
         seconds = time.monotonic() - began
@@ -396,7 +397,7 @@ def test_full_disk(
 ) -> None:
     """No room costs a load, not the service."""
     version = python(host, inputs, TRAIN, name=MODEL)["version"]
-    with scenario.full_disk(host, UNIT, "/var/lib/odsp/model_server", mib=3072) as disk:
+    with faults.full_disk(host, UNIT, "/var/lib/odsp/model_server", mib=3072) as disk:
         scenario.wait_until(lambda: ready(host, inputs), 120)
         before = scenario.main_pid(host, UNIT)
         disk.fill()
@@ -423,7 +424,7 @@ def test_out_of_memory(
 ) -> None:
     """The limit holds, and the server goes on or comes back."""
     before = scenario.main_pid(host, UNIT)
-    assert scenario.eat_memory(host, UNIT), "limits do not work on this host"
+    faults.eat_memory(host, UNIT)
     began = time.monotonic()
     scenario.wait_until(lambda: ready(host, inputs) and predict(host, inputs, in_use), 120)
     seconds = time.monotonic() - began
@@ -440,7 +441,7 @@ def test_clock_jump(
     host: Any, inputs: dict[str, Any], in_use: dict[str, Any], measured: Callable[[str], None]
 ) -> None:
     """Predictions go on under a wrong clock, and so do loads."""
-    with scenario.clock(host, UNIT) as time_of:
+    with faults.clock(host, UNIT) as time_of:
         scenario.wait_until(lambda: ready(host, inputs), 120)
         before = scenario.main_pid(host, UNIT)
         for seconds in (2 * 86400, 0):
@@ -461,7 +462,7 @@ def test_expired_certificate(
 ) -> None:
     """An ended certificate is worth nothing, and is made anew by itself."""
     listening = f"tcp://{inputs['odsp_address']}:{inputs['model_server_listen_port']}"
-    with scenario.expired_certificate(host, "model_server", UNIT):
+    with faults.expired_certificate(host, "model_server", UNIT):
         scenario.wait_until(lambda: host.socket(listening).is_listening, 120)
         answer = ask(host, inputs, "/health/live", certificate="")
         assert "certificate has expired" in str(answer[0])

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import requests
 import scenario
@@ -276,7 +277,7 @@ def test_service_survives_a_reboot(host: Any) -> None:
 @pytest.mark.fault("out of memory", "The kernel ends it at its limit and systemd starts it anew.")
 def test_memory_limit_ends_and_restarts_it(host: Any, measured: Callable[[str], None]) -> None:
     """A process that takes more than MemoryMax is ended, nothing else, and is soon back."""
-    assert scenario.eat_memory(host, UNIT), "limits of memory do not work on this machine"
+    faults.eat_memory(host, UNIT)
     pid = wait_for_answer(host)["pid"]
     assert ask(host, "eat=32")["pid"] == pid
     with pytest.raises(requests.RequestException):
@@ -291,7 +292,7 @@ def test_full_disk_leaves_the_old_environment(host: Any, measured: Callable[[str
     inputs = {"python_service_requirements": str(FILES / "requirements-older.txt")}
     others = f"find {HOME} -mindepth 1 -maxdepth 1 -type d ! -name $(readlink {HOME}/current)"
     host.check_output(f"{others} -exec rm -r {{}} +")
-    with scenario.full_disk(host, UNIT, HOME, mib=8) as disk:
+    with faults.full_disk(host, UNIT, HOME, mib=8) as disk:
         pid, before = wait_for_answer(host)["pid"], environments(host)
         host.check_output(
             f"fallocate -l $(($(stat -f -c '%a*%S' {HOME}) - 200000)) {HOME}/.odsp-filler"
