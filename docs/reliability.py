@@ -40,14 +40,10 @@ NO_TEST: dict[str, dict[str, str]] = {
     "dask_scheduler": dict.fromkeys(
         ALONE, "it needs no other component; peers of a scheduler that is away: see dask_worker."
     ),
-    "jupyterlab": {
-        "dependency away": "it needs no other component; a cell that uses one sees an error.",
-        "dependency late": "it waits for no other component; only the cell that asked one waits.",
-    },
     "base": {"": "it leaves files and packages behind, no process that could suffer."},
     "certificates": {"": "it leaves files behind, no process that could suffer."},
     "python_service": {
-        "": "it needs no other component; clocks and certificates are those of the components."
+        "": "it needs no other component; certificates are those of the components."
     },
 }
 

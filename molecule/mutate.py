@@ -109,7 +109,7 @@ class Bench:
             return [name for name in self.caught_by(expected) if name in expected]
         finally:
             file.write_text(sound)
-            if not self.molecule("converge"):
+            if not (_ending.is_set() or self.molecule("converge")):
                 raise RuntimeError("the role as it is no longer converges")
 
     def still_red(self, results: list[Result]) -> list[str]:
@@ -123,19 +123,25 @@ class Bench:
 
 
 def keep(results: list[Result]) -> None:
-    """Replace what was known of these roles on this release."""
+    """Replace what was known of these mutations; forget those that no file names any more."""
+    named = {(r, m["name"]) for r, all_ in mutations().items() for m in all_}
     with run.alone(run.WORK / "log/mutations.lock"):
-        mine = {(one.role, one.release) for one in results}
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        rest = [one for one in known if (one["role"], one["release"]) not in mine]
-        merged = sorted(rest + [asdict(r) for r in results], key=lambda r: (r["role"], r["name"]))
-        RESULTS.write_text(json.dumps(merged, indent=1) + "\n")
+        merged = {(one["role"], one["name"], one["release"]): one for one in known}
+        merged |= {(one.role, one.name, one.release): asdict(one) for one in results}
+        rows = [merged[key] for key in sorted(merged) if key[:2] in named]
+        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def mutations() -> dict[str, list[dict[str, Any]]]:
+    """Return every role's mutations."""
+    files = sorted(run.ROOT.glob("molecule/*/mutations.yml"))
+    return {file.parent.name: yaml.safe_load(file.read_text()) for file in files}
 
 
 def mutate(role: str, release: str) -> run.Score:
     """Try every mutation of a role; a mutation that nobody noticed counts as failed."""
     score, results, started = run.Score(), [], time.monotonic()
-    mutations = yaml.safe_load((run.ROOT / f"molecule/{role}/mutations.yml").read_text())
     with tempfile.TemporaryDirectory(prefix=f"odsp-mutate-{role}-") as folder:
         bench = Bench(Path(folder), role, release)
         bench.log.write_text("")
@@ -143,7 +149,7 @@ def mutate(role: str, release: str) -> run.Score:
             good = bench.molecule("converge")
             run.say_result(good, started, f"{role}: hosts, and the role as it is")
             score.count(good, f"mutate {role}: the role as it is does not converge")
-            for mutation in mutations if good else []:
+            for mutation in mutations()[role] if good else []:
                 began = time.monotonic()
                 try:
                     who = ", ".join(bench.attempt(mutation))
@@ -153,20 +159,20 @@ def mutate(role: str, release: str) -> run.Score:
                 seconds = round(time.monotonic() - began)
                 today = time.strftime("%Y-%m-%d")
                 one = Result(role, mutation["name"], who, seconds, release, today, verdict)
-                results.append(one)
-                by = f"; red: {who}" if who else ""
-                run.say_result(verdict == "caught", began, f"{role}: {one.name}: {verdict}{by}")
                 if _ending.is_set():
                     return score
+                results.append(one)
+                keep([one])
+                by = f"; red: {who}" if who else ""
+                run.say_result(verdict == "caught", began, f"{role}: {one.name}: {verdict}{by}")
             red = bench.still_red(results)
             for one in results:
                 if set(red) & set(one.caught_by.split(", ")):
                     one.verdict = "caught, but not green again"
                 score.count(one.verdict == "caught", f"mutate {role}: {one.name}: {one.verdict}")
+            keep(results)
         finally:
             bench.molecule("destroy")
-    if results:
-        keep(results)
     return score
 
 
@@ -183,7 +189,7 @@ def end(number: int, _: object) -> None:
 def main() -> int:
     """Try the mutations of the named roles; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    roles = sorted(path.parent.name for path in run.ROOT.glob("molecule/*/mutations.yml"))
+    roles = list(mutations())
     parser.add_argument("--role", action="append", choices=roles, help="default: all")
     parser.add_argument("--release", choices=run.RELEASES, default="trixie")
     given = parser.parse_args()

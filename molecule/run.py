@@ -32,21 +32,17 @@ import playbook  # noqa: E402
 
 VENV = ROOT / ".venv-test"
 LOCK = ROOT / ".config/requirements/test.txt"
-#: Topologies are proven on one release each; `make test-all` proves them on both.
-ONLY_ON = {"platform_spread": "trixie", "platform_partial": "trixie", "platform_single": "bookworm"}
+#: The whole wiring elsewhere than in inventories/local; by default with `make test-all` alone.
+TOPOLOGIES = ("platform_spread", "platform_partial", "platform_single")
 #: Where scenarios keep their hosts' state, and the logs of everything; not part of the repository.
 WORK = ROOT / ".ansible/molecule"
 #: What the tests of faults measured, kept for docs/reliability.md.
 MEASURED = ROOT / "docs/reliability.json"
 RELEASES = ("bookworm", "trixie")
-#: Every role alone, and the whole wiring elsewhere than in inventories/local (platform_*). Longest
-#: first, so that none is left alone at the end.
+#: Every role alone, longest first, so that none is left alone at the end.
 SCENARIOS = (
-    "platform_spread",
     "model_server",
     "mlflow",
-    "platform_partial",
-    "platform_single",
     "nginx",
     "jupyterlab",
     "dask_worker",
@@ -481,24 +477,14 @@ def jobs_by_memory() -> int:
 
 
 def molecule(
-    roles: tuple[str, ...],
-    releases: tuple[str, ...],
-    jobs: int,
-    *,
-    keep_figures: bool = False,
-    everything: bool = True,
+    roles: tuple[str, ...], releases: tuple[str, ...], jobs: int, keep_figures: bool = False
 ) -> Score:
     """Every scenario on both releases; two at a time where memory allows."""
     score = make_ready(releases)
     if score.failed:
         return score
     jobs = jobs or jobs_by_memory()
-    pairs = [
-        (role, release)
-        for role in roles
-        for release in releases
-        if everything or ONLY_ON.get(role, release) == release
-    ]
+    pairs = [(role, release) for role in roles for release in releases]
     say(f"   {len(pairs)} scenarios, {jobs} at a time")
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda pair: scenario(*pair), pairs))
@@ -540,8 +526,8 @@ def main() -> int:
     parser.add_argument(
         "--role",
         action="append",
-        choices=SCENARIOS,
-        help="of molecule; default: all",
+        choices=(*TOPOLOGIES, *SCENARIOS),
+        help="of molecule; default: all, topologies with long tests only",
     )
     parser.add_argument("--release", action="append", choices=RELEASES, help="default: both")
     parser.add_argument(
@@ -554,19 +540,14 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    roles, releases = tuple(given.role or SCENARIOS), tuple(given.release or RELEASES)
+    usual = (*TOPOLOGIES, *SCENARIOS) if "ODSP_LONG_TESTS" in os.environ else SCENARIOS
+    roles, releases = tuple(given.role or usual), tuple(given.release or RELEASES)
     actions: dict[str, Callable[[], Score]] = {
         "lint": lint,
         "unit": unit,
         "contract": contract,
         "platform": platform,
-        "molecule": lambda: molecule(
-            roles,
-            releases,
-            given.jobs,
-            keep_figures=given.record,
-            everything=bool(given.role) or "ODSP_LONG_TESTS" in os.environ,
-        ),
+        "molecule": lambda: molecule(roles, releases, given.jobs, given.record),
         "random": lambda: random_topology(given.seed, releases),
     }
     started, total = time.monotonic(), Score()

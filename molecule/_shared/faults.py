@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from scenario import TLS, main_pid, secrets, wait_until
+from playbook import inventories
+from scenario import TLS, main_pid, name_of, secrets, wait_until
 
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 
@@ -93,6 +96,21 @@ def memory_limit(host: Any, unit: str, mib: int) -> Iterator[None]:
         assert host.check_output(shown).strip() == own
 
 
+@contextmanager
+def little_memory(host: Any, unit: str, mib: int = 64) -> Iterator[None]:
+    """Leave a unit what its processes hold now and `mib` more (MiB); one of them must be killed.
+
+    For a client that asks too much of the unit; the unit itself must not start anew.
+    """
+    group = memory_group(host, unit)
+    held = int(host.run(f"sed -nE 's/^(total_rss|anon) //p' {group}/memory.stat").stdout)
+    killed = f"sed -n 's/^oom_kill //p' {group}/memory.events {group}/memory.oom_control"
+    before = int(host.run(killed).stdout)
+    with memory_limit(host, unit, held // 2**20 + mib):
+        yield
+        assert int(host.run(killed).stdout) > before, f"{mib} MiB more were enough"
+
+
 def eat_memory(host: Any, unit: str, mib: int = 64) -> None:
     """Let a part of the unit take more than the unit may have; it must be killed for that.
 
@@ -141,19 +159,32 @@ class Clock:
         self.host.check_output(f"echo '{seconds:+d}' > {self.file}")
 
 
-@contextmanager
-def clock(host: Any, unit: str) -> Iterator[Clock]:
-    """Run the unit with a clock that a test can move while it runs; for dynamic programs only."""
+@dataclass
+class ClockOfModules(Clock):
+    """The clock as Ansible's modules on a host see it."""
+
+    python: str
+    sources: list[Path]
+
+
+def faketime(host: Any, file: str) -> str:
+    """Return the environment that gives a dynamic program the clock of a file."""
     if host.run(f"ls {FAKETIME}").rc:
         host.check_output(
             "apt-get -qq update && apt-get -qq install --no-install-recommends libfaketime"
         )
     library = host.check_output(f"ls {FAKETIME}").strip()
-    file, folder = f"/run/odsp-clock-{unit}", f"/run/systemd/system/{unit}.d"
-    settings = (
+    return (
         f"LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_NO_CACHE=1 "
         "FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1 FAKETIME_DISABLE_SHM=1"
     )
+
+
+@contextmanager
+def clock(host: Any, unit: str) -> Iterator[Clock]:
+    """Run the unit with a clock that a test can move while it runs; for dynamic programs only."""
+    file, folder = f"/run/odsp-clock-{unit}", f"/run/systemd/system/{unit}.d"
+    settings = faketime(host, file)
     moved = Clock(host, file)
     moved.jump(0)
 
@@ -171,6 +202,27 @@ def clock(host: Any, unit: str) -> Iterator[Clock]:
     finally:
         host.run(f"rm -rf {folder} {file}; systemctl daemon-reload; systemctl reset-failed {unit}")
         host.check_output(f"systemctl restart {unit}")
+
+
+@contextmanager
+def clock_of_modules(host: Any, folder: Path) -> Iterator[ClockOfModules]:
+    """Give Ansible's modules on the host, and what they run, a clock that a test can move.
+
+    Files keep the kernel's times. `folder` is one on the controller for the inventory that a run
+    needs as its last source.
+    """
+    file, python, inventory = "/run/odsp-clock", "/root/odsp-python", folder / "clock.json"
+    settings = faketime(host, file)
+    text = f'#!/bin/sh\nexec env {settings} /usr/bin/python3 "$@"\n'
+    own = {name_of(host): {"ansible_python_interpreter": python}}
+    inventory.write_text(json.dumps({"all": {"hosts": own}}))
+    moved = ClockOfModules(host, file, python, [*inventories(), inventory])
+    moved.jump(0)
+    try:
+        host.check_output(f"printf %s {shlex.quote(text)} > {python}; chmod 0755 {python}")
+        yield moved
+    finally:
+        host.check_output(f"rm -f {file} {python}")
 
 
 def ended_yesterday(pem: str) -> str:

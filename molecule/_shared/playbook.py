@@ -77,11 +77,17 @@ def changed(run: Run, host: str = "node-1") -> int:
     return recap(run)[host]["changed"]
 
 
-def sentences(role: str, cases: Iterable[dict[str, Any]], folder: Path) -> list[str]:
+def objection(result: dict[str, Any]) -> str:
+    """Return why a task failed; of a loop, what its items say."""
+    items = [str(item["msg"]) for item in result.get("results", []) if item.get("failed")]
+    return "\n".join(items or [str(result["msg"])])
+
+
+def sentences(role: str, cases: Iterable[dict[str, Any]], folder: Path, **facts: Any) -> list[str]:
     """Show inputs to a role's validation, all in one run; return what it says to each.
 
     No host is asked. The host of a case is called case-<number>; "" stands for no objection.
-    `folder` is an empty one for what the run needs.
+    `folder` is an empty one for what the run needs, `facts` are what a host would tell of itself.
     """
     local = {
         "ansible_connection": "local",
@@ -91,7 +97,8 @@ def sentences(role: str, cases: Iterable[dict[str, Any]], folder: Path) -> list[
     hosts = {f"case-{number}": local | inputs for number, inputs in enumerate(cases)}
     (folder / "hosts.json").write_text(json.dumps({"cases": {"hosts": hosts}}))
     validate = {"import_role": {"name": role, "tasks_from": "validate.yml"}}
-    tasks = {"hosts": "cases", "gather_facts": False, "tasks": [validate]}
+    known = [{"set_fact": {**facts, "cacheable": True}}] if facts else []
+    tasks = {"hosts": "cases", "gather_facts": False, "tasks": [*known, validate]}
     (folder / "play.json").write_text(json.dumps([tasks]))
     command = ["ansible-playbook", str(folder / "play.json")]
     for source in (*inventories(), folder / "hosts.json"):
@@ -105,7 +112,7 @@ def sentences(role: str, cases: Iterable[dict[str, Any]], folder: Path) -> list[
     assert {counts["changed"] for counts in answer["stats"].values()} == {0}
     answers = dict.fromkeys(hosts, "")
     for task in answer["plays"][0]["tasks"]:
-        answers |= {h: str(r["msg"]) for h, r in task["hosts"].items() if r.get("failed")}
+        answers |= {h: objection(r) for h, r in task["hosts"].items() if r.get("failed")}
     return list(answers.values())
 
 

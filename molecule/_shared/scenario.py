@@ -11,8 +11,9 @@ import socket
 import ssl
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "ROOT",
     "TLS",
     "assert_confined",
+    "at_work",
     "changed",
     "converge",
     "foreign_pair",
@@ -43,10 +45,31 @@ __all__ = [
     "strike",
     "units",
     "wait_until",
+    "watched_arguments",
 ]
 
 TLS = "/etc/odsp/tls"
 CA = f"{TLS}/ca.crt"
+
+# Looks at all processes again and again; tells what those are called that are given a secret.
+WATCHER = """
+import os, pathlib, re, time
+needles = pathlib.Path(v["needles"]).read_bytes().splitlines()
+secret, seen = re.compile(b"|".join(map(re.escape, needles))), set()
+pathlib.Path(v["running"]).touch()
+while os.path.exists(v["running"]):
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/cmdline", "rb") as file:
+                given = file.read().replace(bytes(1), b" ")
+        except OSError:  # it has ended
+            continue
+        if secret.search(given):
+            told = secret.sub(lambda one: b"<needle %d>" % needles.index(one[0]), given)
+            seen.add(told.decode(errors="replace"))
+    time.sleep(0.005)
+print(json.dumps(sorted(seen)))
+"""
 
 
 def name_of(host: Any) -> str:
@@ -118,6 +141,12 @@ def strike(host: Any, unit: str, blow: str) -> None:
         host.check_output(f"systemctl restart {unit}")
 
 
+def program(code: str, values: Mapping[str, Any]) -> str:
+    """Return a shell's command that says a program in Python: `code`, `values` as the dict `v`."""
+    text = f"import json\nv = json.loads({json.dumps(values)!r})\n{code}"
+    return f"echo {base64.b64encode(text.encode()).decode()} | base64 -d"
+
+
 def python(
     host: Any,
     code: str,
@@ -127,11 +156,56 @@ def python(
 ) -> Any:
     """Run Python on the host with `values` as the dict `v`; return its last line, read as JSON."""
     settings = " ".join(f"{name}={shlex.quote(text)}" for name, text in (environment or {}).items())
-    program = f"import json\nv = json.loads({json.dumps(values)!r})\n{code}"
-    encoded = base64.b64encode(program.encode()).decode()
-    answer = host.run(f"echo {encoded} | base64 -d | env {settings} timeout 300 {interpreter} -")
+    answer = host.run(f"{program(code, values)} | env {settings} timeout 300 {interpreter} -")
     assert answer.rc == 0, answer.stdout + answer.stderr
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+@contextmanager
+def at_work(
+    host: Any, code: str, interpreter: str = "python3", seconds: int = 120, **values: Any
+) -> Iterator[Callable[[], Any]]:
+    """Let Python work on the host meanwhile, for so many seconds at most.
+
+    The program has `values` as the dict `v`; when it is at work it makes the file v["running"].
+    Yields a function that removes that file, waits for the program's end and returns its last
+    line, read as JSON.
+    """
+    unit, folder = "at-work.service", "/run/at-work"
+    running, shown = f"{folder}/running", "systemctl show --value --property"
+    written, outputs = program(code, {**values, "running": running}), ("said", "complained")
+    host.check_output(
+        f"rm -rf {folder}; mkdir {folder} && {written} > {folder}/program && "
+        f"systemd-run --quiet --unit {unit} --remain-after-exit "
+        f"--property StandardOutput=file:{folder}/said "
+        f"--property StandardError=file:{folder}/complained "
+        f"timeout --kill-after 5 {seconds} {interpreter} {folder}/program"
+    )
+
+    def over() -> bool:
+        """Tell whether the program at work has ended."""
+        state = host.check_output(f"{shown} SubState {unit}").strip()
+        return state in ("exited", "failed")
+
+    def begun() -> bool:
+        """Tell whether the program is at work, or has ended."""
+        return host.file(running).exists or over()
+
+    def last_word() -> Any:
+        """Return what the program said at its end; it ended well."""
+        host.check_output(f"rm -f {running}")
+        wait_until(over, seconds + 10)
+        said, complained = (host.file(f"{folder}/{name}").content_string for name in outputs)
+        result = host.check_output(f"{shown} Result {unit}").strip()
+        assert result == "success", f"{result}: {said}{complained}"
+        return json.loads(said.splitlines()[-1])
+
+    try:
+        wait_until(begun)
+        assert host.file(running).exists, last_word()
+        yield last_word
+    finally:
+        host.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; rm -rf {folder}")
 
 
 @contextmanager
@@ -164,12 +238,16 @@ def refuses_strangers(address: str, port: int) -> str:
     """Ask from another host, by TLS but without a certificate; return how the server refuses."""
     context = ssl.create_default_context(cadata=secrets()["vault_ca_certificate"])
     with (
-        socket.create_connection((address, port), timeout=10) as raw,
+        socket.create_connection((address, port), timeout=5) as raw,
         context.wrap_socket(raw, server_hostname=address) as connection,
     ):
         try:
+            # One hears of the refusal unasked; who writes may find only a closed connection.
+            answer = b""
+            with suppress(TimeoutError):
+                answer = connection.recv(100)
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            answer = connection.recv(100)
+            answer += connection.recv(100)
         except (ssl.SSLError, ConnectionError) as refusal:
             return str(refusal)
     assert not answer, answer
@@ -193,6 +271,30 @@ def places_of(host: Any, *given: str) -> list[str]:
     finally:
         host.check_output(f"rm -f {needles}")
     return [f"{place}: {found}" for place, found in answers.items() if found not in ("", "0")]
+
+
+@contextmanager
+def watched_arguments(host: Any, *given: str) -> Iterator[None]:
+    """Watch what processes of the host are given as arguments: no secret may be among it.
+
+    All are looked at every few milliseconds. Two marks, shown for a tenth of a second each, less
+    than a task of Ansible takes, prove that this sees something, from the beginning to the end.
+    """
+    assert all(len(secret) >= 8 for secret in given), "too short to be looked for"
+    marks, needles = [uuid.uuid4().hex, uuid.uuid4().hex], "/root/odsp-watched"
+    text = base64.b64encode("\n".join([*marks, *given]).encode()).decode()
+    host.check_output(f"umask 077; echo {text} | base64 -d > {needles}")
+    try:
+        with at_work(host, WATCHER, seconds=300, needles=needles) as end:
+            host.check_output(f"sleep 0.1; : {marks[0]}")
+            yield
+            host.check_output(f"sleep 0.1; : {marks[1]}")
+            seen = end()
+    finally:
+        host.check_output(f"rm -f {needles}")
+    shown = {mark for mark in ("<needle 0>", "<needle 1>") for line in seen if mark in line}
+    assert len(shown) == len(marks), f"the watcher saw only {shown}"
+    assert [line for line in seen if not any(mark in line for mark in shown)] == []
 
 
 def units(host: Any) -> dict[str, str]:

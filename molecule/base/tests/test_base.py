@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
-import os
 import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pki
+import playbook
 import pytest
 import scenario
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+PLAY = scenario.ROOT / "playbooks/base.yml"
 PORT = 8443
 SETTINGS = "/etc/odsp/openssl.cnf"
 UV = "/opt/odsp/uv/current/uv"
@@ -51,78 +47,23 @@ with context.wrap_socket(
     print(peer.recv(5).decode(), peer.version(), repr(peer.recv(1)))
 """
 
-Pair = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
-
-
-def certify(name: str, issuer: Pair | None = None) -> Pair:
-    """Return a certificate with its key: an authority, or a server that one vouches for."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer[0].subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(
-                issuer[1].public_key() if issuer else key.public_key()
-            ),
-            False,
-        )
-        .add_extension(
-            x509.KeyUsage(
-                digital_signature=True,
-                content_commitment=False,
-                key_encipherment=False,
-                data_encipherment=False,
-                key_agreement=False,
-                key_cert_sign=issuer is None,
-                crl_sign=False,
-                encipher_only=False,
-                decipher_only=False,
-            ),
-            True,
-        )
-    )  # fmt: skip
-    return builder.sign(issuer[1] if issuer else key, hashes.SHA256()), key
-
-
-def pem(certificate: x509.Certificate) -> str:
-    """Return a certificate as inventories write it."""
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-@pytest.fixture(scope="module")
-def platform() -> Pair:
-    """Return the platform's authority."""
-    known = scenario.secrets()
-    key = serialization.load_pem_private_key(known["vault_ca_private_key"].encode(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return x509.load_pem_x509_certificate(known["vault_ca_certificate"].encode()), key
-
 
 @contextmanager
-def serving(host: Any, issuer: Pair, newest: str = "TLSv1_3") -> Iterator[None]:
+def serving(host: Any, issuer: pki.Pair, newest: str = "TLSv1_3") -> Iterator[None]:
     """Run a TLS server on the host whose certificate is the issuer's."""
-    certificate, key = certify("service.test", issuer)
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    both = base64.b64encode(private + pem(certificate).encode()).decode()
+    pair = pki.certify("service.test", issuer)
+    both = base64.b64encode((pair.key_pem + pair.pem).encode()).decode()
     unit, file = "test-server.service", "/root/test-server.pem"
     host.check_output(f"umask 077; echo {both} | base64 -d > {file}")
     server = f"/usr/bin/python3 -c {shlex.quote(SERVER)} {file} {newest} {PORT}"
+
+    def listens() -> bool:
+        """Tell whether the server takes connections."""
+        return bool(host.socket(f"tcp://127.0.0.1:{PORT}").is_listening)
+
     try:
         host.check_output(f"systemd-run --quiet --collect --unit {unit} {server}")
-        scenario.wait_until(lambda: host.socket(f"tcp://127.0.0.1:{PORT}").is_listening)
+        scenario.wait_until(listens)
         yield
     finally:
         host.check_output(f"systemctl stop {unit}; rm -f {file}")
@@ -135,94 +76,79 @@ def ask(host: Any, authority: str = "", settings: str = "") -> Any:
     return host.run(f"setpriv --reuid nobody --clear-groups env {environment}{client}")
 
 
-def converge(*arguments: str, **inputs: Any) -> subprocess.CompletedProcess[str]:
-    """Run the role as the scenario's converge step did, with other inputs; no secret is told."""
-    sources = [
-        scenario.ROOT / "inventories/common",
-        scenario.ROOT / "molecule/_shared/inventory",
-        Path(os.environ["ODSP_STATE_DIR"]) / "secrets",
-        Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent,
-    ]
-    command = ["ansible-playbook", str(scenario.ROOT / "playbooks/base.yml"), "--diff"]
-    command += [part for source in sources for part in ("--inventory", str(source))]
-    run = subprocess.run(
-        [*command, "--extra-vars", json.dumps(inputs), *arguments],
-        check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
-    )  # fmt: skip
-    assert scenario.secrets()["vault_ca_private_key"].splitlines()[1] not in run.stdout + run.stderr
-    return run
+def converge(*arguments: str, **inputs: Any) -> int:
+    """Run the role as the scenario's converge step did, with other inputs; return its changes."""
+    return scenario.changed(playbook.play(PLAY, *arguments, **inputs))
 
 
-def changed(run: subprocess.CompletedProcess[str]) -> int:
-    """Return how many changes a successful run made."""
-    assert run.returncode == 0, run.stdout + run.stderr
-    return scenario.recap(run)["node-1"]["changed"]
-
-
-def test_platform_vouches_for_its_services_and_nobody_else(host: Any, platform: Pair) -> None:
+def test_platform_vouches_for_its_services_and_nobody_else(host: Any) -> None:
     """Any account can verify the platform's certificates; the system trusts nobody new."""
-    with serving(host, platform):
+    with serving(host, pki.platform()):
         good, by_system = ask(host, scenario.CA, SETTINGS), ask(host)
-        stranger = ask(host, "/etc/ssl/certs/ca-certificates.crt")
     assert good.stdout.split()[:2] == ["hello", "TLSv1.3"], good.stderr
     assert "CERTIFICATE_VERIFY_FAILED" in by_system.stderr
-    assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
-    with serving(host, certify("Somebody else")):
+    with serving(host, pki.certify("Somebody else")):
         assert "CERTIFICATE_VERIFY_FAILED" in ask(host, scenario.CA, SETTINGS).stderr
 
 
 def test_further_authority_is_trusted_until_it_is_left_out(host: Any) -> None:
     """The whole system trusts what the site lists, and no longer once the line is gone."""
-    further = certify("Authority of a proxy")
+    further = pki.certify("Authority of a proxy")
     present = host.ansible.get_variables()["odsp_extra_ca_certificates"]
-    inputs = {"base_extra_ca_certificates": [*present, pem(further[0])]}
+    inputs = {"base_extra_ca_certificates": [*present, further.pem]}
+    store = "/usr/local/share/ca-certificates/odsp"
     with serving(host, further):
         assert "CERTIFICATE_VERIFY_FAILED" in ask(host).stderr
         try:
-            assert changed(converge("--check", **inputs)) == 1
+            assert converge("--check", **inputs) == 1
             assert "CERTIFICATE_VERIFY_FAILED" in ask(host).stderr, "a dry run has changed the host"
-            assert changed(converge(**inputs)) == 1
+            assert converge(**inputs) == 1
             assert ask(host, settings=SETTINGS).stdout.startswith("hello")
-            assert changed(converge(**inputs)) == 0
-            # As a run leaves it that ended before the store was made anew.
-            host.check_output("rm /usr/local/share/ca-certificates/odsp.done")
+            # As a run leaves it that ended before the system's store was made anew.
+            host.check_output(
+                f"mv {store} /root/away; rm {store}.done; "
+                f"update-ca-certificates --fresh >/dev/null; mv /root/away {store}"
+            )
+            assert "CERTIFICATE_VERIFY_FAILED" in ask(host).stderr
+            assert converge(**inputs) == 1
+            assert ask(host, settings=SETTINGS).stdout.startswith("hello")
         finally:
             last = converge()
-        assert changed(last) == 1
+        assert last == 1
         assert "CERTIFICATE_VERIFY_FAILED" in ask(host).stderr
-    assert changed(converge()) == 0
 
 
-def test_connection_closed_without_farewell_is_an_end(host: Any, platform: Pair) -> None:
+def test_connection_closed_without_farewell_is_an_end(host: Any) -> None:
     """The platform's settings are in force in a real client; without them it sees an error."""
-    with serving(host, platform):
+    with serving(host, pki.platform()):
         ours, plain = ask(host, scenario.CA, SETTINGS), ask(host, scenario.CA)
     assert ours.stdout.strip() == "hello TLSv1.3 b''", ours.stderr
     # The older release's Python needs nobody to tell it.
     assert ("UNEXPECTED_EOF" in plain.stderr) == (host.system_info.codename != "bookworm")
 
 
-def test_site_s_own_tls_policy_is_kept(host: Any, platform: Pair) -> None:
+def test_site_s_own_tls_policy_is_kept(host: Any) -> None:
     """Stricter settings of the system reach the platform's clients with the next run."""
     system, policy = "/etc/ssl/openssl.cnf", "MinProtocol = TLSv1.3"
     backup = "/root/openssl.cnf"
     sections = f"openssl_conf=a\\n[a]\\nssl_conf=b\\n[b]\\nsystem_default=c\\n[c]\\n{policy}\\n"
-    with serving(host, platform, newest="TLSv1_2"):
+    with serving(host, pki.platform(), newest="TLSv1_2"):
         assert ask(host, scenario.CA, SETTINGS).stdout.startswith("hello TLSv1.2")
         host.check_output(f"cp -a {system} {backup} && printf '{sections}' > {system}")
         try:
-            assert changed(converge("--check")) == 1
-            assert changed(converge()) == 1
+            assert converge("--check") == 1
+            assert ask(host, scenario.CA, SETTINGS).stdout.startswith("hello TLSv1.2")
+            assert converge() == 1
             refused = ask(host, scenario.CA, SETTINGS)
         finally:
             host.check_output(f"mv {backup} {system}")
             last = converge()
         assert "PROTOCOL" in refused.stderr.upper(), refused.stdout
-        assert changed(last) == 1
+        assert last == 1
         assert ask(host, scenario.CA, SETTINGS).stdout.startswith("hello TLSv1.2")
 
 
+@pytest.mark.once
 def test_any_account_can_make_an_environment_with_uv(host: Any) -> None:
     """The controller's own uv works on the host, for an account without rights too."""
     here = subprocess.run(["uv", "--version"], check=True, capture_output=True, text=True).stdout
@@ -236,6 +162,7 @@ def test_any_account_can_make_an_environment_with_uv(host: Any) -> None:
         host.check_output(f"rm -rf {folder}")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "damage",
     [
@@ -249,7 +176,7 @@ def test_uv_is_made_whole(host: Any, damage: str) -> None:
     before = host.check_output(f"{UV} --version")
     host.check_output(damage)
     assert host.run(f"{UV} --version").stdout != f"{before}\n"
-    assert changed(converge()) >= 1
+    assert converge() >= 1
     assert host.check_output(f"{UV} --version") == before
 
 
@@ -281,23 +208,32 @@ def test_interrupted_package_work_is_finished(host: Any, package: str) -> None:
     host.check_output("echo 'text of the site' > /etc/odsp-test.conf")
     host.check_output(f"dpkg --unpack {package}/2.deb")
     assert host.check_output(state) == "unpacked 2"
-    assert changed(converge("--check")) == 0
+    assert converge("--check") == 0
     assert host.check_output(state) == "unpacked 2"
-    assert changed(converge()) == 1
+    assert converge() == 1
     assert host.check_output(state) == "installed 2"
     assert host.check_output("cat /etc/odsp-test.conf") == "text of the site"
     assert host.check_output("dpkg --audit") == ""
 
 
-def test_lists_of_packages_come_back(host: Any) -> None:
-    """A host without lists, as fresh images are, can install packages after a run."""
+@pytest.mark.once
+def test_missing_packages_and_lists_come_back(host: Any) -> None:
+    """A host that lost a package, and has no lists as fresh images have none, gets both."""
     candidate = "apt-cache policy openssl | grep -E '^ +[0-9]+ https?://'"
-    host.check_output("find /var/lib/apt/lists -type f -delete; touch /var/lib/apt/lists")
+    host.check_output(
+        "dpkg --force-depends --remove ca-certificates; "
+        "find /var/lib/apt/lists -type f -delete; touch /var/lib/apt/lists"
+    )
     assert host.run(candidate).rc != 0
-    assert changed(converge()) == 0
+    assert converge("--check") >= 1
+    assert not host.package("ca-certificates").is_installed
+    assert converge() >= 1
+    assert host.package("ca-certificates").is_installed
     assert host.run(candidate).rc == 0
+    assert host.check_output("dpkg --audit") == ""
 
 
+@pytest.mark.once
 def test_mirror_that_is_away_stops_nothing(host: Any) -> None:
     """With old lists and no mirror, a host that lacks nothing converges as ever."""
     block = "/etc/apt/apt.conf.d/99-test"
@@ -306,58 +242,75 @@ def test_mirror_that_is_away_stops_nothing(host: Any) -> None:
         "touch --date '3 days ago' /var/lib/apt/lists"
     )
     try:
-        assert changed(converge()) == 0
+        assert host.run("apt-get -q update --error-on=any").rc != 0
+        assert converge() == 0
     finally:
         host.check_output(f"rm {block}; touch /var/lib/apt/lists")
 
 
-def test_missing_packages_are_installed(host: Any) -> None:
-    """A host that lost one of the packages gets it back."""
-    host.check_output("dpkg --force-depends --remove ca-certificates")
-    assert changed(converge("--check")) >= 1
-    assert changed(converge()) >= 1
-    assert host.package("ca-certificates").is_installed
-    assert host.check_output("dpkg --audit") == ""
-
-
 def test_private_key_of_the_authority_is_not_on_the_host(host: Any) -> None:
     """Nobody who takes over a host can sign for the platform."""
-    key = scenario.secrets()["vault_ca_private_key"].splitlines()[1]
+    known = scenario.secrets()
+    key, public = (
+        known[name].splitlines()[1] for name in ("vault_ca_private_key", "vault_ca_certificate")
+    )
     assert scenario.places_of(host, key) == []
-    text = base64.b64encode(key.encode()).decode()
-    look = f'grep -rlF -- "$(echo {text} | base64 -d)" /etc /opt /root /tmp /var'
-    assert host.run(look).stdout == ""
+    found = []
+    for line in (public, key):
+        text = base64.b64encode(line.encode()).decode()
+        look = f'grep -rlF -- "$(echo {text} | base64 -d)" /etc /opt /root /tmp /usr/local /var'
+        found.append(host.run(look).stdout.split())
+    assert found == [[scenario.CA], []]
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(
-    ("inputs", "sentence"),
-    [
-        (
-            {"base_ca_certificate": ""},
-            "base_ca_certificate is not the PEM text of one certificate; generate it with",
-        ),
-        (
-            {"base_ca_certificate": "-----BEGIN PRIVATE KEY-----\nMA==\n-----END PRIVATE KEY-----"},
-            "base_ca_certificate is not the PEM text of one certificate; generate it with",
-        ),
+def test_host_trusts_the_same_after_a_reboot(host: Any) -> None:
+    """Nothing of it was for this run of the host only; a further run has nothing to do."""
+    scenario.reboot(host)
+    with serving(host, pki.platform()):
+        good = ask(host, scenario.CA, SETTINGS)
+    assert good.stdout.strip() == "hello TLSv1.3 b''", good.stderr
+    assert converge() == 0
+
+
+@pytest.mark.once
+def test_wrong_inputs_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    """It names host, variable and remedy, and quotes no key."""
+    ca, one = pki.certify("Site"), "is not the PEM text of one certificate"
+    generate = f"base_ca_certificate {one}; generate it with"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"base_ca_certificate": ca.pem, "base_extra_ca_certificates": [ca.pem]}, ""),
+        ({"base_ca_certificate": ""}, generate),
+        ({"base_ca_certificate": ca.key_pem}, generate),
+        ({"base_ca_certificate": ca.pem + ca.key_pem}, generate),
         (
             {"base_extra_ca_certificates": ["/etc/ssl/proxy.crt"]},
-            "base_extra_ca_certificates has an entry that is not the PEM text of one certificate",
+            f"base_extra_ca_certificates has an entry that {one}; list each",
+        ),
+        (
+            {"base_extra_ca_certificates": [ca.pem + ca.pem]},
+            f"base_extra_ca_certificates has an entry that {one}; list each",
         ),
         (
             {"base_uv": "/nowhere/uv"},
             "base_uv is /nowhere/uv, which the controller does not have; install",
         ),
-    ],
-    ids=["no authority", "a private key", "a path", "no uv"],
-)
-def test_bad_input_stops_the_role(host: Any, inputs: dict[str, Any], sentence: str) -> None:
-    """One sentence names the host, the variable and the remedy; nothing is changed."""
-    state = "sha256sum /etc/odsp/tls/ca.crt /etc/ssl/certs/ca-certificates.crt"
+    ]
+    said = scenario.sentences("base", [inputs for inputs, _ in cases], tmp_path)
+    assert said[0] == ""
+    for number, (_, sentence) in enumerate(cases[1:], 1):
+        assert said[number].startswith(f"case-{number}: {sentence}"), said[number]
+        assert said[number].endswith("."), said[number]
+        assert ca.key_pem.splitlines()[1] not in said[number]
+
+
+@pytest.mark.once
+def test_wrong_input_changes_nothing(host: Any) -> None:
+    """The run ends before the host is touched."""
+    state = "sha256sum /etc/odsp/tls/ca.crt /etc/odsp/openssl.cnf; ls -l --time-style=full-iso /etc"
     before = host.check_output(state)
-    run = converge(**inputs)
+    run = playbook.play(PLAY, base_ca_certificate="", base_extra_ca_certificates=[])
     assert run.returncode != 0
-    assert f"node-1: {sentence}" in " ".join(run.stdout.split())
+    assert "node-1: base_ca_certificate is not" in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0
     assert host.check_output(state) == before

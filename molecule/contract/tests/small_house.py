@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_fault_{number}(host, measured):
 """
 
 
+def tried() -> list[dict[str, Any]]:
+    """Return what became of the small house's mutations."""
+    told: dict[str, Any] = {"verdict": "caught", "caught_by": "check", "release": "trixie"}
+    told |= {"date": "2026-01-01", "seconds": 1}
+    names = ("one", "two", "three")
+    return [{"role": role, "name": name, **told} for role in ("base", "cache") for name in names]
+
+
 def build(root: Path) -> House:
     """Write the small house, with what is generated, and return it."""
     proofs, readmes = program("reliability"), program("role_readmes")
@@ -61,6 +70,7 @@ def build(root: Path) -> House:
         readme = root / "roles" / role / "README.md"
         readme.write_text(readmes.rewritten(readme.parent))
     (root / "docs").mkdir()
+    (root / "docs/mutations.json").write_text(json.dumps(tried()))
     for name, page in proofs.PAGES.items():
         (root / "docs" / name).write_text(page(root))
     return House(root, INTERNAL)

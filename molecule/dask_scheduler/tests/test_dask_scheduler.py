@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
+import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import faults
+import playbook
 import pytest
 import scenario
 
@@ -20,71 +17,101 @@ UNIT = "odsp-dask_scheduler.service"
 WORKER = "odsp-dask_worker.service"
 CACHE = "/var/cache/odsp/dask_scheduler"
 PYTHON = "/opt/odsp/dask_scheduler/current/bin/python"
-TLS = "/etc/odsp/tls"
-RUNNING = "/run/odsp-client"
+PAIR = f"{scenario.TLS}/dask_scheduler"
+PORTS = ("dask_scheduler_listen_port", "dask_scheduler_dashboard_port")
 
+Inputs = dict[str, Any]
 Note = Callable[[str], None]
 
-# A program begins as a client of the platform; `given` is what the test hands over.
+# What a program of a client begins with; `v` is what the test hands over.
 CLIENT = """
-import json, os, sys, time
-from distributed import Client, Security
-given = json.loads(sys.argv[1])
-security = Security(tls_ca_file="/etc/odsp/tls/ca.crt", tls_client_cert=f"{given['pair']}.crt",
-                    tls_client_key=f"{given['pair']}.key", require_encryption=True)
-client = Client(given["url"], security=security, timeout=given["timeout"])
-def workers():
-    known = client.scheduler_info(n_workers=-1)["workers"].items()
-    return sorted(address for address, worker in known if worker["status"] == "running")
-def joined(former=()):
-    deadline = time.monotonic() + 60
-    while not set(workers()) - set(former) and time.monotonic() < deadline:
+import asyncio, os, time, traceback
+from distributed import Client, Security, Worker, versions
+
+def security():
+    if not v["pair"]:
+        return Security()
+    return Security(tls_ca_file=v["ca"], require_encryption=True,
+                    **{f"tls_{who}_{what}": f"{v['pair']}.{end}" for who in ("client", "worker")
+                       for what, end in (("cert", "crt"), ("key", "key"))})
+
+def connect():
+    return Client(v["url"], security=security(), timeout=v["timeout"])
+
+def joined(client, former=()):
+    found, deadline = [], time.monotonic() + 60
+    while not set(found) - set(former) and time.monotonic() < deadline:
+        known = client.scheduler_info(n_workers=-1)["workers"].items()
+        found = sorted(address for address, worker in known if worker["status"] == "running")
         time.sleep(0.2)
-    return workers()
+    return found
 """
 
-# A client installed from another lock announces another digest.
-STRANGER = """
-from distributed import versions
+# How a peer is refused: by whom and why, or not at all.
+REFUSAL = """
+async def work():
+    async with Worker(v["url"], security=security(), host=v["address"], dashboard_address=None):
+        pass
+
 own = versions.get_package_info
-versions.get_package_info = lambda packages: {**own(packages), "odsp-lock": "0123456789abcdef"}
+versions.get_package_info = lambda packages: {**own(packages), **v["announced"]}
+began, said = time.monotonic(), ""
+try:
+    if v["peer"] == "client":
+        connect()
+    else:
+        asyncio.run(work())
+except Exception:
+    said = traceback.format_exc()
+print(json.dumps([said, time.monotonic() - began]))
+"""
+
+# A page of the dashboard, asked for with a certificate.
+PAGE = """
+import http.client, ssl
+context = ssl.create_default_context(cafile=v["ca"])
+context.load_cert_chain(f"{v['pair']}.pem")
+page = http.client.HTTPSConnection(v["where"], context=context, timeout=10)
+page.request("GET", v["path"], headers=v["headers"])
+print(page.getresponse().status)
 """
 
 
 @pytest.fixture(scope="module")
-def inputs(host: Any) -> dict[str, Any]:
+def inputs(host: Any) -> Inputs:
     """Return the role's inputs for this host."""
     return {"dask_scheduler_dashboard_prefix": "dask", **host.ansible.get_variables()}
 
 
-def place(inputs: dict[str, Any], port: str = "dask_scheduler_listen_port") -> str:
+def place(inputs: Inputs, port: str = PORTS[0]) -> str:
     """Return the address and one of the ports."""
     return f"{inputs['dask_scheduler_listen_address']}:{inputs[port]}"
 
 
-def program(inputs: dict[str, Any], code: str, **given: Any) -> str:
-    """Return the command of a program, by default with the scheduler's own certificate."""
-    values = {
-        "url": f"tls://{place(inputs)}",
-        "pair": f"{TLS}/dask_scheduler",
-        "running": RUNNING,
-        "timeout": 20,
-        **given,
-    }
-    return shlex.join([PYTHON, "-c", code, json.dumps(values)])
+def given(inputs: Inputs, **more: Any) -> dict[str, Any]:
+    """Return what a client's program is told, by default with the scheduler's own certificate."""
+    own = {"url": f"tls://{place(inputs)}", "ca": scenario.CA, "pair": PAIR, "timeout": 20}
+    return {**own, **more}
 
 
-def ask(host: Any, inputs: dict[str, Any], code: str, **given: Any) -> Any:
+def ask(host: Any, inputs: Inputs, code: str, **more: Any) -> Any:
     """Run a client's program on the host; return its last word."""
-    answer = host.check_output(program(inputs, CLIENT + code, **given))
-    return json.loads(answer.splitlines()[-1])
+    return scenario.python(host, CLIENT + code, PYTHON, **given(inputs, **more))
 
 
-def assert_served(host: Any, inputs: dict[str, Any], timeout: int = 20) -> list[str]:
-    """A client of the platform gets a task done by a worker; return the workers."""
+def refusal(host: Any, inputs: Inputs, **more: Any) -> tuple[str, float]:
+    """Return how the scheduler refuses a peer, nothing if it does not, and after which seconds."""
+    peer = {"peer": "client", "announced": {}, "address": inputs["dask_scheduler_listen_address"]}
+    said, seconds = ask(host, inputs, REFUSAL, **{**peer, **more})
+    return str(said), float(seconds)
+
+
+def served(host: Any, inputs: Inputs, timeout: int = 60) -> list[str]:
+    """Have a task of a platform's client done by a worker; return all workers, none is missing."""
     code = """
-found = joined()
-assert client.submit(sum, [19, 23], pure=False).result(20) == 42
+client = connect()
+found = joined(client)
+assert client.submit(sum, [19, 23], pure=False).result(30) == 42
 print(json.dumps(found))
 """
     found = list(ask(host, inputs, code, timeout=timeout))
@@ -92,96 +119,89 @@ print(json.dumps(found))
     return found
 
 
-def handshake(host: Any, where: str, options: str = "") -> str:
-    """Return what openssl says of a connection that is held open for a moment."""
-    command = f"openssl s_client -connect {where} -CAfile {TLS}/ca.crt {options}"
-    words = "grep -aoE 'Verification: OK|certificate required|alert unknown ca'"
-    return str(host.run(f"(sleep 1; echo; sleep 1) | timeout 10 {command} 2>&1 | {words}").stdout)
-
-
-def dashboard(host: Any, inputs: dict[str, Any], page: str, prefix: str = "") -> int:
+def dashboard(host: Any, inputs: Inputs, page: str, prefix: str = "", **headers: str) -> int:
     """Return the status of a page of the dashboard, asked with a certificate."""
-    where = place(inputs, "dask_scheduler_dashboard_port")
-    path = f"/{prefix or inputs['dask_scheduler_dashboard_prefix']}/{page}"
-    code = (
-        "import http.client, ssl;"
-        f"c = ssl.create_default_context(cafile='{TLS}/ca.crt');"
-        f"c.load_cert_chain('{TLS}/dask_scheduler.pem');"
-        f"h = http.client.HTTPSConnection('{where}', context=c, timeout=10);"
-        f"h.request('GET', '{path}'); print(h.getresponse().status)"
-    )
-    return int(host.check_output(f'{PYTHON} -c "{code}"'))
+    asked = {
+        "where": place(inputs, PORTS[1]),
+        "path": f"/{prefix or inputs['dask_scheduler_dashboard_prefix']}/{page}",
+        "headers": headers,
+    }
+    return int(scenario.python(host, PAGE, PYTHON, **given(inputs, **asked)))
 
 
-def role_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the layer's playbook without the validation that `site.yml` begins with."""
-    state, molecule = os.environ["ODSP_STATE_DIR"], os.environ["MOLECULE_INVENTORY_FILE"]
-    sources = ("inventories/common", "molecule/_shared/inventory", f"{state}/secrets")
-    command = ["ansible-playbook", str(scenario.ROOT / "playbooks/compute.yml"), "--diff"]
-    for source in (*sources, str(Path(molecule).parent)):
-        command += ["--inventory", str(scenario.ROOT / source)]
-    run = subprocess.run(
-        [*command, *arguments], check=False, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
-    )  # fmt: skip
-    scenario.assert_no_secret(run.stdout + run.stderr)
-    return run
+def web_socket(host: Any, inputs: Inputs, origin: str) -> int:
+    """Return the status when a page of another site opens a WebSocket of the dashboard."""
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+    }
+    return dashboard(host, inputs, "status/ws", **upgrade, Origin=f"https://{origin}")
+
+
+def environment(host: Any) -> list[str]:
+    """Return the environment of the running scheduler."""
+    pid = scenario.main_pid(host, UNIT)
+    return str(host.check_output(f"tr '\\0' '\\n' < /proc/{pid}/environ")).splitlines()
+
+
+def properties(host: Any) -> dict[str, str]:
+    """Return what systemd knows of the unit now."""
+    return dict(host.service(UNIT).systemd_properties)
 
 
 def test_unit_is_enabled_running_and_confined(host: Any) -> None:
-    """The scheduler runs, survives a reboot, and cannot touch the rest of the host."""
+    """The scheduler runs, is started at boot, and cannot touch the rest of the host."""
     scenario.assert_confined(host, UNIT, "dask_scheduler", exposure=1.5)
-    assert host.service(UNIT).systemd_properties["MemoryMax"] == str(4 * 2**30)
+    assert properties(host)["MemoryMax"] == str(4 * 2**30)
 
 
-def test_clients_with_a_certificate_are_served(host: Any, inputs: dict[str, Any]) -> None:
+def test_clients_with_a_certificate_are_served(host: Any, inputs: Inputs) -> None:
     """A client of the platform gets in over TLS and its tasks are done."""
-    assert_served(host, inputs)
+    served(host, inputs)
 
 
-@pytest.mark.parametrize("port", ["dask_scheduler_listen_port", "dask_scheduler_dashboard_port"])
-def test_strangers_are_refused(host: Any, inputs: dict[str, Any], port: str) -> None:
-    """Without a certificate of the platform neither scheduler nor dashboard says a word."""
-    foreign = "/root/odsp-foreign"
-    host.check_output(
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
-        f"-subj /CN=dask_scheduler -keyout {foreign}.key -out {foreign}.crt 2>/dev/null"
-    )
+@pytest.mark.parametrize("port", PORTS)
+def test_strangers_are_refused(host: Any, inputs: Inputs, port: str) -> None:
+    """Whoever shows no certificate of the platform hears nothing, on whichever host."""
     where = place(inputs, port)
-    assert "certificate required" in handshake(host, where)
-    assert "unknown ca" in handshake(host, where, f"-cert {foreign}.crt -key {foreign}.key")
-    own = f"-cert {TLS}/dask_scheduler.crt -key {TLS}/dask_scheduler.key"
-    accepted = handshake(host, where, own)
-    assert "Verification: OK" in accepted and "certificate required" not in accepted
-    host.check_output(f"rm {foreign}.key {foreign}.crt")
+    address = inputs["dask_scheduler_listen_address"]
+    assert "certificate required" in scenario.refuses_strangers(address, int(inputs[port]))
+    with scenario.foreign_pair(host, "dask_scheduler") as foreign:
+        assert "unknown ca" in scenario.handshake(host, where, foreign)
+    accepted = scenario.handshake(host, where, PAIR)
+    assert "Verification: OK" in accepted
+    assert "certificate required" not in accepted and "unknown ca" not in accepted
 
 
-def test_plain_text_is_not_answered(host: Any, inputs: dict[str, Any]) -> None:
-    """A client without TLS gives up in its own time; a browser without TLS gets no page."""
-    code = """
-import json, sys
-from distributed import Client
-given = json.loads(sys.argv[1])
-Client(given["url"], timeout=given["timeout"])
-"""
-    plain = host.run(program(inputs, code, url=f"tcp://{place(inputs)}", timeout=4))
-    last = plain.stderr.strip().splitlines()[-1]
-    assert plain.rc != 0 and ("CommClosedError" in last or "imed out" in last), plain.stderr
-    port = "dask_scheduler_dashboard_port"
-    page = host.run(f"curl -sS --max-time 5 http://{place(inputs, port)}/dask/health")
-    assert page.rc != 0 and not page.stdout
+def test_plain_text_is_not_answered(host: Any, inputs: Inputs) -> None:
+    """A client without TLS is told to go at once; a browser without TLS gets no page."""
+    since = time.time()
+    said, seconds = refusal(host, inputs, url=f"tcp://{place(inputs)}", pair="", timeout=10)
+    assert "CommClosedError" in said and seconds < 10, said
+    assert "WRONG_VERSION_NUMBER" in scenario.journal(host, UNIT, since=since)
+    address = (inputs["dask_scheduler_listen_address"], int(inputs[PORTS[1]]))
+    with socket.create_connection(address, timeout=10) as browser:
+        browser.sendall(b"GET /dask/health HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            browser.recv(100)
+    assert dashboard(host, inputs, "health") == 200
 
 
-def test_a_client_from_another_lock_is_refused(host: Any, inputs: dict[str, Any]) -> None:
-    """The refusal is one sentence that names both locks."""
-    refused = host.run(program(inputs, STRANGER + CLIENT))
-    assert refused.rc != 0
-    refusal = refused.stderr.strip().splitlines()[-1]
-    assert refusal.startswith("ImportError: the Dask scheduler refuses the client"), refusal
-    assert "odsp-lock 0123456789abcdef instead of" in refusal
+@pytest.mark.parametrize("peer", ["client", "worker"])
+def test_peers_from_another_lock_are_refused(host: Any, inputs: Inputs, peer: str) -> None:
+    """One sentence names both locks; who announces none is compared by what pickles depend on."""
+    stranger = {"odsp-lock": "0123456789abcdef"}
+    said, _ = refusal(host, inputs, peer=peer, announced=stranger)
+    assert f"the Dask scheduler refuses {'the ' * (peer == 'client')}{peer} " in said, said
+    assert "odsp-lock 0123456789abcdef instead of" in said, said
+    said, _ = refusal(host, inputs, peer=peer, announced={"cloudpickle": "0.1"})
+    assert "(cloudpickle 0.1 instead of" in said, said
+    assert refusal(host, inputs, peer=peer)[0] == ""
 
 
-def test_dashboard_shows_and_does_not_act(host: Any, inputs: dict[str, Any]) -> None:
+def test_dashboard_shows_and_does_not_act(host: Any, inputs: Inputs) -> None:
     """Pages answer under the prefix; the routes that steer the cluster are not there."""
     assert dashboard(host, inputs, "health") == 200
     assert dashboard(host, inputs, "status") == 200
@@ -189,201 +209,251 @@ def test_dashboard_shows_and_does_not_act(host: Any, inputs: dict[str, Any]) -> 
     assert dashboard(host, inputs, "json/counts.json") == 404
 
 
-def test_listens_on_its_address_only(host: Any, inputs: dict[str, Any]) -> None:
+def test_listens_on_its_address_only(host: Any, inputs: Inputs) -> None:
     """No port of it is open on every interface."""
-    for port in (inputs["dask_scheduler_listen_port"], inputs["dask_scheduler_dashboard_port"]):
-        assert host.socket(f"tcp://{inputs['dask_scheduler_listen_address']}:{port}").is_listening
-        assert not host.socket(f"tcp://0.0.0.0:{port}").is_listening
+    for port in PORTS:
+        assert host.socket(f"tcp://{place(inputs, port)}").is_listening
+        assert not host.socket(f"tcp://0.0.0.0:{inputs[port]}").is_listening
 
 
 def test_secrets_are_private(host: Any) -> None:
     """Only root and the service read the key and the settings; the key is nowhere else."""
-    for path in (f"{TLS}/dask_scheduler.key", "/etc/odsp/dask_scheduler.env"):
+    for path in (f"{PAIR}.key", f"{PAIR}.pem", "/etc/odsp/dask_scheduler.env"):
         found = host.file(path)
         assert (found.user, found.group, found.mode) == ("root", "dask_scheduler", 0o640)
-    key = host.check_output(f"sed -n 2p {TLS}/dask_scheduler.key")
-    assert scenario.places_of(host, key) == []
+    assert scenario.places_of(host, host.check_output(f"sed -n 2p {PAIR}.key")) == []
 
 
-def test_survives_kill_9(host: Any, inputs: dict[str, Any]) -> None:
-    """It comes back, so do workers; a client at work learns what was lost and goes on."""
-    at_work = """
-import logging
-logging.disable()
-former, lost, after = joined(), 0, 0
-open(given["running"], "w").close()
-end = time.monotonic() + 80
-while not after and time.monotonic() < end:
-    over = not os.path.exists(given["running"])
-    try:
-        # Long enough that one is always under way.
-        client.submit(time.sleep, 0.5, pure=False).result(60)
-        after += over
-    except BaseException as loss:
-        if client.status == "closed":
-            raise
-        lost += 1
-print(json.dumps([former, lost, after, joined(former)]))
-"""
-    with ThreadPoolExecutor() as pool:
-        work = pool.submit(ask, host, inputs, at_work)
-        try:
-            scenario.wait_until(lambda: host.file(RUNNING).exists)
-            scenario.kill(host, UNIT)
-            assert_served(host, inputs)
-        finally:
-            host.run(f"rm -f {RUNNING}")
-        former, lost, after, present = work.result(timeout=90)
-    assert lost and after and not set(former) & set(present)
-
-
-def test_survives_a_reboot(host: Any, inputs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
+def test_survives(host: Any, inputs: Inputs, blow: str) -> None:
     """Scheduler and workers find each other again, in whichever order they start."""
-    scenario.reboot(host)
-    assert_served(host, inputs)
+    former = served(host, inputs)
+    scenario.strike(host, UNIT, blow)
+    assert not set(former) & set(served(host, inputs))
     assert dashboard(host, inputs, "health") == 200
 
 
-def test_bad_inputs_are_refused_by_name_and_nothing_changes(host: Any) -> None:
+@pytest.mark.once
+def test_a_client_at_work_learns_what_was_lost_and_goes_on(host: Any, inputs: Inputs) -> None:
+    """Its own connection comes back, and with it workers that do its next tasks."""
+    at_work = """
+import logging
+logging.disable()
+client = connect()
+former, lost, after = joined(client), 0, 0
+open(v["running"], "w").close()
+end = time.monotonic() + 80
+while not after and time.monotonic() < end:
+    over = not os.path.exists(v["running"])
+    try:
+        # Long enough that one is always under way.
+        client.submit(time.sleep, 0.5, pure=False).result(10)
+        after += over
+    except (Exception, asyncio.CancelledError):
+        if client.status == "closed":
+            raise
+        lost += 1
+print(json.dumps([former, lost, after, joined(client, former)]))
+"""
+    with scenario.at_work(host, CLIENT + at_work, PYTHON, **given(inputs)) as end:
+        scenario.kill(host, UNIT)
+        served(host, inputs)
+        former, lost, after, present = end()
+    assert lost and after and not set(former) & set(present)
+
+
+def test_bad_inputs_are_refused_by_name_and_nothing_changes(host: Any, tmp_path: Path) -> None:
     """One sentence each names host, variable and remedy; the scheduler goes on as it is."""
-    wrong = {
-        "dask_scheduler_listen_port": 0,
-        "dask_scheduler_dashboard_port": 0,
-        "dask_scheduler_dashboard_prefix": "/dask/",
-        "dask_scheduler_memory_max": "4 gigs",
+    wrong: dict[str, Inputs] = {
+        "": {},
+        "dask_scheduler_listen_port is 0 and dask_scheduler_dashboard_port is 8787; give both a"
+        " number from 1 to 65535.": {PORTS[0]: 0, PORTS[1]: 8787},
+        "dask_scheduler_listen_port is 8786 and dask_scheduler_dashboard_port is 65536; give both a"
+        " number from 1 to 65535.": {PORTS[0]: 8786, PORTS[1]: 65536},
+        "dask_scheduler_listen_port and dask_scheduler_dashboard_port are both 8786; give one of"
+        " the two another port.": dict.fromkeys(PORTS, 8786),
+        "dask_scheduler_dashboard_prefix is '/dask/'; write a path without a slash at its beginning"
+        " or end, e.g. dask.": {"dask_scheduler_dashboard_prefix": "/dask/"},
+        "dask_scheduler_memory_max is '4 gigs', which systemd would ignore; write a number and K,"
+        " M, G or T, e.g. 4G.": {"dask_scheduler_memory_max": "4 gigs"},
     }
+    said = scenario.sentences("dask_scheduler", wrong.values(), tmp_path)
+    assert said == [f"case-{n}: {text}" if text else "" for n, text in enumerate(wrong)]
+
     before = scenario.units(host)
-    run = role_alone("--tags", "dask_scheduler", "--extra-vars", json.dumps(wrong))
-    assert run.returncode != 0
-    for sentence in (
-        "node-1: dask_scheduler_listen_port is 0 and dask_scheduler_dashboard_port is 0; give both",
-        "node-1: dask_scheduler_listen_port and dask_scheduler_dashboard_port are both 0; give one",
-        "node-1: dask_scheduler_dashboard_prefix is '/dask/'; write a path without a slash",
-        "node-1: dask_scheduler_memory_max is '4 gigs', which systemd would ignore; write a number",
-    ):
-        assert sentence in run.stdout, run.stdout
+    layer = scenario.ROOT / "playbooks/compute.yml"
+    run = playbook.play(layer, "--tags", "dask_scheduler", dask_scheduler_memory_max="4 gigs")
+    assert run.returncode != 0 and "node-1: dask_scheduler_memory_max is '4 gigs'" in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0
     assert scenario.units(host) == before
 
 
-def test_another_port_takes_the_workers_along(host: Any, inputs: dict[str, Any]) -> None:
-    """The old ports are closed, the workers follow to the new one, and all the way back."""
-    ports = ("dask_scheduler_listen_port", "dask_scheduler_dashboard_port")
-    changed = {
-        "odsp_dask_scheduler_port": 8796,
-        "odsp_dask_scheduler_dashboard_port": 8797,
-        "dask_scheduler_dashboard_prefix": "compute",
-        "dask_scheduler_memory_max": "2G",
-    }
-    moved = {**inputs, ports[0]: 8796, ports[1]: 8797, "dask_scheduler_dashboard_prefix": "compute"}
+def test_another_port_takes_the_workers_along(host: Any, inputs: Inputs) -> None:
+    """The old ports are closed, the workers follow to the new one, and all the way back.
+
+    Memory, one more origin and one more variable come and go with them.
+    """
+    moved = {**inputs, PORTS[0]: 8796, PORTS[1]: 8797, "dask_scheduler_dashboard_prefix": "compute"}
     before = scenario.units(host)
+    assert web_socket(host, inputs, "door.example") == 403
     try:
-        run = scenario.site("--extra-vars", json.dumps(changed))
-        assert run.returncode == 0, run.stdout
-        assert scenario.restarted(before, scenario.units(host)) == {UNIT, WORKER}
-        assert_served(host, moved)
+        scenario.converge(
+            "dask_scheduler,dask_worker",
+            odsp_dask_scheduler_port=8796,
+            odsp_dask_scheduler_dashboard_port=8797,
+            dask_scheduler_dashboard_prefix="compute",
+            dask_scheduler_dashboard_origins_extra=["door.example"],
+            dask_scheduler_environment={"MOLECULE_WORD": "there"},
+            dask_scheduler_memory_max="2G",
+        )
+        there = scenario.units(host)
+        assert scenario.restarted(before, there) == {UNIT, WORKER}
+        served(host, moved)
         assert dashboard(host, moved, "health") == 200
         assert dashboard(host, moved, "health", prefix="dask") == 404
-        assert host.service(UNIT).systemd_properties["MemoryMax"] == str(2 * 2**30)
-        for port in ports:
+        assert web_socket(host, moved, "door.example") == 101
+        assert web_socket(host, moved, "other.example") == 403
+        assert properties(host)["MemoryMax"] == str(2 * 2**30)
+        assert "MOLECULE_WORD=there" in environment(host)
+        for port in PORTS:
             assert not host.socket(f"tcp://{place(inputs, port)}").is_listening
     finally:
-        run = scenario.site()
-    assert run.returncode == 0, run.stdout
-    assert_served(host, inputs)
-    for port in ports:
+        scenario.converge("dask_scheduler,dask_worker")
+    assert scenario.restarted(there, scenario.units(host)) == {UNIT, WORKER}
+    served(host, inputs)
+    assert web_socket(host, inputs, "door.example") == 403
+    assert properties(host)["MemoryMax"] == str(4 * 2**30)
+    assert "MOLECULE_WORD=there" not in environment(host)
+    for port in PORTS:
         assert not host.socket(f"tcp://{place(moved, port)}").is_listening
 
 
 @pytest.mark.fault(
     "full disk", "The scheduler keeps nothing on disk: it serves on, and even starts without room."
 )
-def test_a_full_disk_stops_nothing(host: Any, inputs: dict[str, Any], measured: Note) -> None:
+def test_a_full_disk_stops_nothing(host: Any, inputs: Inputs, measured: Note) -> None:
     """Not even the byte code of what it imports must have a place."""
     with faults.full_disk(host, UNIT, CACHE, mib=64) as disk:
-        assert_served(host, inputs)
+        served(host, inputs)
         host.check_output(f"rm -rf {CACHE}/*")
         disk.fill()
-        assert_served(host, inputs)
+        began = time.monotonic()
+        served(host, inputs)
+        on = time.monotonic() - began
         began = time.monotonic()
         host.check_output(f"systemctl restart {UNIT}")
-        assert_served(host, inputs, timeout=120)  # it compiles all it imports
-        seconds = time.monotonic() - began
-    assert_served(host, inputs, timeout=120)
-    measured(f"served on; restarted without room it served again after {seconds:.0f} s")
+        served(host, inputs, timeout=120)  # it compiles all it imports
+        anew = time.monotonic() - began
+    served(host, inputs, timeout=120)
+    measured(
+        f"a new client was served within {on:.0f} s; restarted without room it served again after"
+        f" {anew:.0f} s"
+    )
 
 
 @pytest.mark.fault(
     "out of memory",
     "A graph larger than MemoryMax costs the scheduler's state; it and the workers come back.",
 )
-def test_a_graph_too_large_costs_one_restart(
-    host: Any, inputs: dict[str, Any], measured: Note
-) -> None:
+def test_a_graph_too_large_costs_one_restart(host: Any, inputs: Inputs, measured: Note) -> None:
     """The host stays, the others are served again."""
-    assert_served(host, inputs)
-    before = scenario.units(host)[UNIT]
-    used = int(host.service(UNIT).systemd_properties["MemoryCurrent"]) // 2**20
-    limit = used + 96
-    host.check_output(f"systemctl set-property --runtime {UNIT} MemoryMax={limit}M")
-    try:
-        large = f"client.submit(len, os.urandom({4 * limit} * 2**20)).result(10)"
-        assert host.run(program(inputs, CLIENT + large)).rc != 0, "it had room for all of it"
-        began = time.monotonic()
+    large = """
+client = connect()
+try:
+    client.submit(len, os.urandom(v["mib"] * 2**20)).result(10)
+    lost = ""
+except (Exception, asyncio.CancelledError) as loss:
+    lost = type(loss).__name__
+print(json.dumps(lost))
+"""
+    served(host, inputs)
+    before = properties(host)
+    limit = int(before["MemoryCurrent"]) // 2**20 + 96
+    since = time.time()
+    with faults.memory_limit(host, UNIT, limit):
+        lost = ask(host, inputs, large, mib=4 * limit)
+        gave_up = time.monotonic()
+        assert lost, "it had room for all of it"
 
         def ended() -> bool:
-            """Tell whether the scheduler was ended by the kernel and started anew."""
-            return host.service(UNIT).is_running and scenario.units(host)[UNIT] != before
+            """Tell whether the kernel has ended the scheduler."""
+            return "status=9/KILL" in scenario.journal(host, UNIT, since=since)
 
         scenario.wait_until(ended)
-        assert "status=9/KILL" in scenario.journal(host, UNIT)
-        assert_served(host, inputs)
-        seconds = time.monotonic() - began
-    finally:
-        host.check_output(f"rm -rf /run/systemd/system.control/{UNIT}.d; systemctl daemon-reload")
+        served(host, inputs)
+        seconds = time.monotonic() - gave_up
+        restarts = int(properties(host)["NRestarts"]) - int(before["NRestarts"])
+    assert restarts == 1
     measured(
-        f"a graph of {4 * limit} MiB at a limit of {limit} MiB: one restart, others were served"
-        f" again {seconds:.0f} s after the client had given up"
+        f"a graph of {4 * limit} MiB at a limit of {limit} MiB: its client got a {lost},"
+        f" others were served again {seconds:.0f} s later; restarts: {restarts}"
     )
 
 
 @pytest.mark.fault("clock jump", "Nobody is lost when its clock jumps a day ahead and back.")
-def test_the_clock_may_jump(host: Any, inputs: dict[str, Any], measured: Note) -> None:
+def test_the_clock_may_jump(host: Any, inputs: Inputs, measured: Note) -> None:
     """Workers are not taken for dead; new clients are let in."""
-    now = """
-print(client.run_on_scheduler(time.time) - time.time())
+    look = """
+async def check(dask_scheduler):
+    now = time.time()
+    heard = [worker.last_seen - now for worker in dask_scheduler.workers.values()]
+    await dask_scheduler.check_worker_ttl()  # by itself every five minutes
+    return now, heard
+now, heard = connect().run_on_scheduler(check)
+print(json.dumps([now - time.time(), heard]))
 """
     with faults.clock(host, UNIT) as moved:
-        before, run = assert_served(host, inputs), scenario.units(host)
+        before, run = served(host, inputs), scenario.units(host)
+        seen = []
         for seconds in (86400, 0):
             moved.jump(seconds)
+            jumped = time.monotonic()
+            drift = 0.0
 
             def there(seconds: int = seconds) -> bool:
-                """Tell whether the scheduler sees the moved clock."""
-                return abs(float(ask(host, inputs, now)) - seconds) < 60
+                """Tell whether the scheduler sees the moved clock, and has heard of its workers."""
+                nonlocal drift
+                drift, heard = ask(host, inputs, look)
+                return all(abs(far) < 60 for far in (drift - seconds, *heard))
 
             scenario.wait_until(there)
-            assert assert_served(host, inputs) == before
-        assert scenario.restarted(run, scenario.units(host)) == set()
-    assert_served(host, inputs)
-    measured("after +1 day and after -1 day the same workers served new clients; no restart")
+            assert served(host, inputs) == before
+            seen.append(f"{round(drift):+d} s: {time.monotonic() - jumped:.0f} s")
+        restarts = scenario.restarted(run, scenario.units(host))
+    assert restarts == set()
+    served(host, inputs)
+    measured(
+        f"a new client was served by the same workers ({len(before)}), clock and wait:"
+        f" {', '.join(seen)}; restarts: {len(restarts)}"
+    )
 
 
 @pytest.mark.fault(
     "expired certificate",
     "Nobody talks to a scheduler whose certificate has ended; the role's next run renews it.",
 )
-def test_an_expired_certificate_is_renewed(
-    host: Any, inputs: dict[str, Any], measured: Note
-) -> None:
+def test_an_expired_certificate_is_renewed(host: Any, inputs: Inputs, measured: Note) -> None:
     """Clients name the reason, workers stay away, and both are served after `site.yml`."""
+    since = time.time()
     with faults.expired_certificate(host, "dask_scheduler", UNIT):
-        pair = f"{TLS}/dask_worker"
-        refused = host.run(program(inputs, CLIENT, pair=pair, timeout=4))
-        assert refused.rc != 0 and "certificate has expired" in refused.stderr, refused.stderr
+
+        def refused() -> bool:
+            """Tell whether a client of the platform refuses the scheduler for its certificate."""
+            pair = f"{scenario.TLS}/dask_worker"
+            return "certificate has expired" in refusal(host, inputs, pair=pair, timeout=4)[0]
+
+        def left() -> bool:
+            """Tell whether the workers do so, too."""
+            return "certificate has expired" in scenario.journal(host, WORKER, since=since)
+
+        scenario.wait_until(refused)
+        scenario.wait_until(left)
         began = time.monotonic()
-        run = scenario.site("--tags", "dask_scheduler")
-        assert run.returncode == 0, run.stdout
+        scenario.converge("dask_scheduler")
+        run = time.monotonic() - began
+        served(host, inputs)
         seconds = time.monotonic() - began
-        assert_served(host, inputs)
-    measured(f"clients refused it by name; one run of {seconds:.0f} s renewed it, workers joined")
+    measured(
+        f"clients and workers refused it by name; one run of {run:.0f} s renewed it, a task was"
+        f" done {seconds:.0f} s after its beginning"
+    )

@@ -6,34 +6,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import scenario
 
 UNIT = "odsp-jupyterlab.service"
-TLS = "/etc/odsp/tls"
+PAIR = f"{scenario.TLS}/jupyterlab"
+SAVED = (200, 201)
 
 
 def test_unit_is_confined(host: Any, inputs: dict[str, Any]) -> None:
-    """The server runs as the user, survives a reboot, and cannot touch the rest of the host."""
+    """The server runs as the user, starts at every boot, and cannot touch the rest of the host."""
     assert inputs["jupyterlab_user"] != "root"
-    scenario.assert_confined(host, UNIT, inputs["jupyterlab_user"], 2.3)
+    scenario.assert_confined(host, UNIT, inputs["jupyterlab_user"], exposure=1.6)
 
 
 def test_a_cell_runs_as_the_user_with_everything_ready(
-    host: Any, inputs: dict[str, Any], cell: Any
+    host: Any, inputs: dict[str, Any], home: str, cell: Any
 ) -> None:
     """A kernel is the user's, in the user's home, and finds what the inventory promised."""
-    keys = sorted(inputs.get("jupyterlab_environment", {}))
+    promised = inputs["jupyterlab_environment"]
+    for name in ("MLFLOW_TRACKING_URI", "AWS_SECRET_ACCESS_KEY", "DASK_SCHEDULER_ADDRESS"):
+        assert promised[name], name
     code = f"""
 import getpass, json, os, sys
 import boto3, distributed, mlflow, sklearn
-values = {{key: os.environ.get(key) for key in {keys!r}}}
+values = {{key: os.environ.get(key) for key in {sorted(promised)!r}}}
 print(json.dumps([getpass.getuser(), os.getcwd(), sys.prefix, values]))
 """
     user, folder, prefix, values = json.loads(cell(code))
     assert user == inputs["jupyterlab_user"]
-    assert folder == host.user(user).home
+    assert folder == home
     assert prefix.startswith("/opt/odsp/jupyterlab/")
-    assert values == {key: str(value) for key, value in inputs["jupyterlab_environment"].items()}
+    assert values == {key: str(value) for key, value in promised.items()}
 
 
 def test_other_accounts_cannot_read_along(host: Any, inputs: dict[str, Any], cell: Any) -> None:
@@ -64,69 +68,80 @@ print("\\n" + json.dumps([locked < own, pip]))
     assert json.loads(cell(code).splitlines()[-1]) == [True, 0]
 
 
-def test_a_cell_runs_through_the_door(inputs: dict[str, Any], cell: Any) -> None:
+def test_a_cell_runs_through_the_door(
+    inputs: dict[str, Any], door: dict[str, Any], cell: Any
+) -> None:
     """The owner comes with name and password, and the door hands on the WebSocket."""
-    assert (
-        cell("import getpass; print(getpass.getuser())", door=True).strip()
-        == (inputs["jupyterlab_user"])
-    )
+    code = "import getpass; print(getpass.getuser())"
+    assert cell(code, **door) == inputs["jupyterlab_user"]
 
 
-def test_who_does_not_come_through_the_door_is_refused(host: Any, ask: Any, base: str) -> None:
-    """No certificate: no connection. Another user's name: no access. No XSRF header: no kernel."""
-    assert ask()[0] == "200"
-    assert ask(certificate="")[0] == "refused"
-    assert ask(headers={"X-Forwarded-User": "somebody"})[0] == "403"
-    assert ask("api/kernels", method="POST")[0] == "403"
-    address = base.split("/")[2].replace(":", "/")
-    plain = f"exec 3<>/dev/tcp/{address}; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3"
-    assert "HTTP/" not in host.run(f'bash -c "{plain}"').stdout
+def test_who_does_not_come_through_the_door_is_refused(
+    host: Any, inputs: dict[str, Any], ask: Any
+) -> None:
+    """TLS asks for a certificate of the platform; behind it a user and the page's token count."""
+    where = "{jupyterlab_listen_address}:{jupyterlab_listen_port}".format(**inputs)
+    assert scenario.handshake(host, where, PAIR).split("\n") == ["Verification: OK", ""]
+    assert "certificate required" in scenario.handshake(host, where)
+    with scenario.foreign_pair(host, inputs["jupyterlab_client_names"][0]) as pair:
+        assert "alert unknown ca" in scenario.handshake(host, where, pair)
+    owner, somebody = inputs["jupyterlab_user"], "somebody"
+    assert ask(headers={"X-Forwarded-User": owner}).status == 200
+    assert ask(headers={"X-Forwarded-User": somebody}).status == 403
+    bare = ask("api/kernels", "POST", body={})
+    assert bare.status == 403 and "_xsrf" in bare.text
 
 
-def test_a_certificate_of_another_component_is_refused(host: Any, ask: Any) -> None:
-    """The platform's authority vouches for many; only the door's name comes in."""
-    name = "odsp-test-stranger"
-    host.check_output(
-        f"cd /run && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "
-        f"-days 1 -subj /CN=nginx.node-1 -keyout {name}.key -out {name}.crt 2>/dev/null && "
-        f"cat {name}.crt {name}.key > {name}.pem"
-    )
-    try:
-        assert ask(certificate=f"/run/{name}.pem")[0] == "refused"
-        assert ask(certificate=f"{TLS}/nginx.pem")[0] == "200"
-    finally:
-        host.check_output(f"rm -f /run/{name}.*")
+def test_a_certificate_of_another_component_is_refused(
+    inputs: dict[str, Any], ask: Any, issued: Any
+) -> None:
+    """The platform's authority vouches for many; of these only the door comes in."""
+    (door,) = inputs["jupyterlab_client_names"]
+    for name, status in ((door, 200), ("minio.node-1", 403), (f"{door}0", 403)):
+        with issued(name) as pair:
+            for page in ("api/status", "api/contents", "api/kernels"):
+                assert ask(page, pair=pair).status == status, (name, page)
+
+
+def test_plain_text_gets_no_answer(base: str, ask: Any) -> None:
+    """Whoever speaks HTTP without TLS is cut off without a word."""
+    assert ask().status == 200
+    plain = ask(base=base.replace("https", "http", 1))
+    assert plain.status == 0, plain
+    assert "Connection reset" in plain.text or "without response" in plain.text, plain
+
+
+def test_other_hosts_are_refused(inputs: dict[str, Any]) -> None:
+    """Whoever sees the port from elsewhere and has no certificate of the platform gets nothing."""
+    where = (inputs["jupyterlab_listen_address"], inputs["jupyterlab_listen_port"])
+    assert "certificate required" in scenario.refuses_strangers(*where)
 
 
 def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
     """Only root and the user read the key and the environment; nothing else tells a secret."""
     group = inputs["jupyterlab_user"]
-    for path in (f"{TLS}/jupyterlab.key", f"{TLS}/jupyterlab.pem", "/etc/odsp/jupyterlab.env"):
+    for path in (f"{PAIR}.key", f"{PAIR}.pem", "/etc/odsp/jupyterlab.env"):
         found = host.file(path)
         assert (found.user, found.group, found.mode) == ("root", group, 0o640)
-    key = host.file(f"{TLS}/jupyterlab.key").content_string.splitlines()[1]
-    secrets = [key, *(v for k, v in inputs["jupyterlab_environment"].items() if "SECRET" in k)]
-    assert [scenario.places_of(host, secret) for secret in secrets] == [[]] * len(secrets)
+    key = host.file(f"{PAIR}.key").content_string.splitlines()[1]
+    account = inputs["jupyterlab_environment"]["AWS_SECRET_ACCESS_KEY"]
+    password = inputs["nginx_user_passwords"][inputs["jupyterlab_user"]]
+    assert scenario.places_of(host, key, account, password) == []
 
 
-def home(host: Any, inputs: dict[str, Any]) -> str:
-    """Return the owner's home."""
-    return str(host.user(inputs["jupyterlab_user"]).home)
+@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
+def test_survives(
+    host: Any, home: str, door: dict[str, Any], ask: Any, cell: Any, save: Any, blow: str
+) -> None:
+    """The server starts by itself, and through the door what was saved is there."""
+    assert save("kept.txt", f"before the {blow}").status in SAVED
+    scenario.strike(host, UNIT, blow)
 
+    def open_again() -> bool:
+        """Tell whether JupyterLab answers through the door."""
+        return bool(ask(**door).status == 200)
 
-def test_comes_back_after_a_crash(host: Any, inputs: dict[str, Any], cell: Any, save: Any) -> None:
-    """After kill -9 the server starts by itself, and what was saved is there."""
-    assert save("kept.txt", "before the crash") in ("200", "201")
-    scenario.kill(host, UNIT)
-    scenario.wait_until(lambda: save("again.txt", "after the crash") in ("200", "201"))
-    assert cell("print(open('kept.txt').read())").strip() == "before the crash"
-    file = host.file(f"{home(host, inputs)}/kept.txt")
-    assert file.user == inputs["jupyterlab_user"] and file.mode & 0o007 == 0
-
-
-def test_is_there_after_a_reboot(cell: Any, host: Any, ask: Any, save: Any) -> None:
-    """The host brings the server up by itself, behind the door, with the owner's files."""
-    scenario.wait_until(lambda: save("kept.txt", "before the reboot") in ("200", "201"))
-    scenario.reboot(host)
-    scenario.wait_until(lambda: ask()[0] == "200")
-    assert cell("print(open('kept.txt').read())", door=True).strip() == "before the reboot"
+    scenario.wait_until(open_again, 120)
+    assert cell("print(open('kept.txt').read())", **door) == f"before the {blow}"
+    file = host.file(f"{home}/kept.txt")
+    assert file.user == door["user"][0] and file.mode & 0o007 == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ def ask(run: Any, inputs: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
+def opens(ask: Any, users: list[list[str]]) -> Callable[[], bool]:
+    """Return a question: is the door there, shut to strangers and open to users?"""
+
+    def opened() -> bool:
+        """Tell whether strangers get 401 and users the start page."""
+        answers = ask({"path": "/"}, {"path": "/mlflow/"}, {"path": "/", "auth": users[0]})
+        return [answer["status"] for answer in answers] == [401, 401, 200]
+
+    return opened
+
+
+@pytest.fixture(scope="module")
 def behind(host: Any, inputs: dict[str, Any]) -> Any:
     """Return a context manager that stands behind the door as the named components."""
     ports = {route["component"]: route["port"] for route in inputs["nginx_routes"]}
@@ -81,12 +93,15 @@ def behind(host: Any, inputs: dict[str, Any]) -> Any:
         words = f"python3 {PROGRAM} {verb} {' '.join(map(str, chosen))}"
         host.check_output(f"systemd-run --quiet --collect --unit={unit} {words}")
 
-        def listens() -> bool:
-            """Tell whether the last of its ports takes connections."""
-            return bool(host.run(f"ss -ltnH sport = :{chosen[-1]} | grep -q .").rc == 0)
+        def serves() -> bool:
+            """Tell whether a handshake succeeds on each of its ports."""
+            own = f"-cert {scenario.TLS}/nginx.crt -key {scenario.TLS}/nginx.key"
+            knock = f"timeout 5 openssl s_client {own} -connect 127.0.0.1:$port </dev/null"
+            every = f"for port in {' '.join(map(str, chosen))}; do {knock} || exit; done"
+            return bool(host.run(f"{{ {every}; }} >/dev/null 2>&1").rc == 0)
 
         try:
-            scenario.wait_until(listens, 20)
+            scenario.wait_until(serves, 20)
             yield
         finally:
             host.run(f"systemctl kill --signal KILL {unit}; systemctl stop {unit}")

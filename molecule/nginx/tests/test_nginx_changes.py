@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
 import ssl
-import subprocess
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +63,6 @@ def state(host: Any) -> str:
     return "\n".join(sorted(sums.splitlines()))
 
 
-def converge(changes: dict[str, Any] | None = None) -> None:
-    """Converge with other inputs, or put the scenario's own back."""
-    run = scenario.site("--tags", "nginx", "--extra-vars", json.dumps(changes or {}))
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 @pytest.fixture(scope="module")
 def site_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a certificate of the site's own, its key, and one that does not fit."""
@@ -87,6 +76,7 @@ def site_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         (folder / f"{name}.key").write_bytes(pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SITE_NAME)])
+    names = [x509.DNSName(SITE_NAME), x509.DNSName("localhost")]
     now = datetime.now(UTC)
     for name, end in (("site", 1), ("ended", -1)):
         certificate = (
@@ -97,7 +87,7 @@ def site_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - timedelta(days=2))
             .not_valid_after(now + timedelta(days=end))
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(SITE_NAME)]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(keys[0], hashes.SHA256())
         )
@@ -105,43 +95,9 @@ def site_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("upstream")
-def test_fewer_users_and_routes_and_another_port(
-    host: Any, ask: Any, held: Any, inputs: dict[str, Any], users: list[list[str]]
-) -> None:
-    """Who and what is left out has no access any more; nobody else's connection breaks."""
-    ada, bob = users
-    routes = [r for r in inputs["nginx_routes"] if r["component"] != "dask_scheduler"]
-    changes = {"odsp_users": [{"name": "ada"}], "nginx_routes": routes, "nginx_listen_port": 8443}
-    before = scenario.units(host)
-    try:
-        with held():
-            converge(changes)
-        left, right, page, gone, route = ask(
-            {"path": "/", "auth": bob},
-            {"path": "/mlflow/", "auth": bob},
-            {"path": "/", "auth": ada},
-            {"path": "/dask/status", "auth": ada},
-            {"path": "/mlflow/", "auth": ada},
-            port=8443,
-        )
-        assert [left["status"], right["status"]] == [401, 401]
-        assert [page["status"], gone["status"], route["status"]] == [200, 404, 200]
-        assert 'href="/mlflow/"' in page["text"] and "/dask/" not in page["text"]
-        (former,) = ask({"path": "/", "auth": ada})
-        assert former["status"] == 0 and "ConnectionRefused" in former["text"]
-    finally:
-        converge()
-    back = ask({"path": "/", "auth": bob}, {"path": "/dask/status", "auth": ada})
-    assert [answer["status"] for answer in back] == [200, 200]
-    assert ask({"path": "/", "auth": ada}, port=8443)[0]["status"] == 0
-    assert scenario.restarted(before, scenario.units(host)) == set()
-
-
-def certificate_of_the_door(inputs: dict[str, Any], authority: str) -> str:
+def certificate_of_the_door(address: tuple[str, int], authority: str) -> str:
     """Return for which name the door proves itself to who trusts the authority alone."""
     context = ssl.create_default_context(cadata=authority)
-    address = (inputs["odsp_address"], inputs["nginx_listen_port"])
     with (
         socket.create_connection(address, timeout=20) as plain,
         context.wrap_socket(plain, server_hostname=SITE_NAME) as secure,
@@ -152,44 +108,73 @@ def certificate_of_the_door(inputs: dict[str, Any], authority: str) -> str:
     return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
-@pytest.mark.long
-def test_another_size_and_a_certificate_of_the_site(
-    host: Any, ask: Any, inputs: dict[str, Any], users: list[list[str]], site_certificate: Path
-) -> None:
-    """A new limit restarts; the site's certificate is shown, and gone when it is left out."""
-    before = scenario.units(host)
+@pytest.mark.usefixtures("upstream")
+def test_fewer_users_and_routes_another_port_certificate_and_size(
+    host: Any, ask: Any, held: Any, inputs: dict[str, Any], users: list[list[str]],
+    site_certificate: Path,
+) -> None:  # fmt: skip
+    """What is left out has no access, what is new is in force; only a new limit restarts."""
+    ada, bob = users
     changes = {
-        "nginx_memory_max": "512M",
+        "odsp_users": [{"name": "ada"}],
+        "nginx_routes": [r for r in inputs["nginx_routes"] if r["component"] != "dask_scheduler"],
+        "nginx_listen_port": 8443,
         "nginx_redirect_port": 8080,
         "nginx_certificate": str(site_certificate / "site.crt"),
         "nginx_certificate_key": str(site_certificate / "site.key"),
     }
-    key = "/etc/odsp/tls/nginx-site.key"
+    authority = (site_certificate / "site.crt").read_text()
+    key = host.file("/etc/odsp/tls/nginx-site.key")
+    limit = f"systemctl show --value --property MemoryMax {UNIT}"
+    before, own_limit = scenario.units(host), host.check_output(limit)
     try:
-        converge(changes)
-        assert scenario.restarted(before, scenario.units(host)) == {UNIT}
-        limit = host.check_output(f"systemctl show --value --property MemoryMax {UNIT}")
-        assert int(limit) == 512 * 2**20
-        authority = (site_certificate / "site.crt").read_text()
-        assert certificate_of_the_door(inputs, authority) == SITE_NAME
-        assert (host.file(key).group, host.file(key).mode) == ("www-data", 0o640)
+        with held():
+            scenario.converge("nginx", **changes)
+        assert scenario.restarted(before, scenario.units(host)) == set()
+        address = (inputs["odsp_address"], 8443)
+        assert certificate_of_the_door(address, authority) == SITE_NAME
+        assert (key.group, key.mode) == ("www-data", 0o640)
         private = (site_certificate / "site.key").read_text().splitlines()[1]
         assert scenario.places_of(host, private) == []
-        with closing(HTTPConnection(inputs["odsp_address"], 8080, timeout=20)) as plain:
-            plain.request("GET", "/mlflow/?a=1", headers={"Host": SITE_NAME})
-            answer = plain.getresponse()
-        assert answer.status == 308
-        assert answer.headers["Location"] == f"https://{SITE_NAME}/mlflow/?a=1"
+        trust = {"authority": authority}
+        left, right, page, gone, route = ask(
+            {"path": "/", "auth": bob} | trust,
+            {"path": "/mlflow/", "auth": bob} | trust,
+            {"path": "/", "auth": ada} | trust,
+            {"path": "/dask/status", "auth": ada} | trust,
+            {"path": "/mlflow/", "auth": ada} | trust,
+            port=8443,
+        )
+        assert [left["status"], right["status"]] == [401, 401]
+        assert [page["status"], gone["status"], route["status"]] == [200, 404, 200]
+        assert 'href="/mlflow/"' in page["text"] and "/dask/" not in page["text"]
+        (former,) = ask({"path": "/", "auth": ada})
+        assert former["status"] == 0 and "ConnectionRefused" in former["text"]
+        typed = {"path": "/mlflow/?a=1", "plain": True, "headers": {"Host": SITE_NAME}}
+        (plain,) = ask(typed, port=8080)
+        assert plain["status"] == 308
+        assert plain["headers"]["location"] == f"https://{SITE_NAME}:8443/mlflow/?a=1"
+
+        scenario.converge("nginx_service", **changes, nginx_memory_max="512M")
+        changed = scenario.units(host)
+        assert scenario.restarted(before, changed) == {UNIT}
+        assert int(host.check_output(limit)) == 512 * 2**20
     finally:
-        converge()
-    assert not host.file(key).exists
-    assert not host.socket("tcp://0.0.0.0:8080").is_listening
-    assert ask({"path": "/", "auth": users[0]})[0]["status"] == 200
+        scenario.converge("nginx")
+    assert scenario.restarted(changed, scenario.units(host)) == {UNIT}
+    assert host.check_output(limit) == own_limit
+    back = ask({"path": "/", "auth": bob}, {"path": "/dask/status", "auth": ada})
+    assert [answer["status"] for answer in back] == [200, 200]
+    for port in (8443, 8080):
+        (former,) = ask({"path": "/", "auth": ada}, port=port)
+        assert former["status"] == 0 and "ConnectionRefused" in former["text"]
+    assert not key.exists
 
 
+@pytest.mark.once
 def test_bad_input_is_refused_in_one_sentence(site_certificate: Path, tmp_path: Path) -> None:
     """Each input that cannot work is named with the host and a remedy, before anything happens."""
-    pairs = {"other.key": "site.crt", "site.key": "ended.crt"}
+    pairs = [("site.crt", "other.key"), ("ended.crt", "site.key")]
     refused = [
         *REFUSED,
         *(
@@ -200,61 +185,20 @@ def test_bad_input_is_refused_in_one_sentence(site_certificate: Path, tmp_path: 
                     "nginx_certificate_key": str(site_certificate / key),
                 },
             )
-            for key, certificate in pairs.items()
+            for certificate, key in pairs
         ),
     ]
-    # A host for each, all in one run: the checks ask the inputs and never the host.
-    common = {
-        "ansible_connection": "local",
-        "ansible_python_interpreter": "{{ ansible_playbook_python }}",
-    }
-    hosts = {f"bad-{number}": common | bad for number, (_, bad) in enumerate(refused)}
-    (tmp_path / "hosts.json").write_text(json.dumps({"bad": {"hosts": hosts}}))
-    play = {
-        "hosts": "bad",
-        "gather_facts": False,
-        "tasks": [{"import_role": {"name": "nginx", "tasks_from": "validate.yml"}}],
-    }
-    (tmp_path / "play.json").write_text(json.dumps([play]))
-    sources = [
-        scenario.ROOT / "inventories/common",
-        scenario.ROOT / "molecule/_shared/inventory",
-        Path(os.environ["ODSP_STATE_DIR"]) / "secrets",
-        Path(os.environ["MOLECULE_INVENTORY_FILE"]).parent,
-        tmp_path / "hosts.json",
-    ]
-    inventories = [part for source in sources for part in ("--inventory", str(source))]
-    run = subprocess.run(
-        ["ansible-playbook", str(tmp_path / "play.json"), *inventories],
-        check=False, capture_output=True, text=True,
-        env={
-            **os.environ,
-            "ANSIBLE_NOCOLOR": "1",
-            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-        },
-    )  # fmt: skip
-    told = json.loads(run.stdout)
-    failures = {
-        host: result["msg"]
-        for play_told in told["plays"]
-        for task in play_told["tasks"]
-        for host, result in task["hosts"].items()
-        if result.get("failed")
-    }
-    for number, (variable, bad) in enumerate(refused):
-        sentence = failures.get(f"bad-{number}", "")
-        assert sentence.startswith(f"bad-{number}: "), (bad, sentence)
-        assert variable in sentence and sentence.count("\n") == 0 and sentence.endswith("."), bad
-        assert "not-a-secret" not in sentence
-    changed = {name: counts["changed"] for name, counts in told["stats"].items()}
-    assert set(changed.values()) == {0}
+    said = scenario.sentences("nginx", [inputs for _, inputs in refused], tmp_path)
+    for number, ((variable, inputs), sentence) in enumerate(zip(refused, said, strict=True)):
+        assert sentence.startswith(f"case-{number}: "), (inputs, sentence)
+        assert variable in sentence and "\n" not in sentence and sentence.endswith("."), sentence
 
 
+@pytest.mark.once
 def test_a_refused_run_changes_nothing(host: Any) -> None:
     """The platform's own playbook stops there, and the host is as it was."""
     before, running = state(host), scenario.units(host)
-    bad = {"nginx_password_rounds": 3, "nginx_listen_port": 8443}
-    run = scenario.site("--tags", "nginx", "--extra-vars", json.dumps(bad))
+    run = scenario.site("--tags", "nginx", nginx_password_rounds=3, nginx_listen_port=8443)
     assert run.returncode != 0
     assert "node-1: nginx_password_rounds is 3; choose 4 to 12." in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0

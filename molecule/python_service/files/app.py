@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ def write(path: str) -> str:
     try:
         Path(path).write_text("here")
     except OSError as error:
-        return type(error).__name__
+        return errno.errorcode[error.errno or 0]
     return "written"
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -16,6 +16,7 @@ description:
   - Compares the change times of the unit file and of its inputs with the moment the unit last
     started or reloaded. Unlike a notified handler this decision is not lost when a run is
     interrupted between the change and the restart.
+  - That the host's clock was set meanwhile changes nothing.
 options:
   name: {description: Unit., type: str, required: true}
   inputs:
@@ -45,31 +46,31 @@ action: {description: What was done - none, start, restart or reload., type: str
 """
 
 PROPERTIES = (
-    "LoadState,ActiveState,UnitFileState,NeedDaemonReload,StateChangeTimestamp,FragmentPath"
+    "LoadState,ActiveState,UnitFileState,NeedDaemonReload,StateChangeTimestampMonotonic,"
+    "FragmentPath"
 )
 
 
 def properties(module: AnsibleModule) -> dict[str, str]:
     """Return the unit's properties as systemd shows them."""
-    command = ["systemctl", "show", "--timestamp=us+utc", f"--property={PROPERTIES}"]
-    _, out, _ = module.run_command([*command, module.params["name"]], check_rc=True)
+    command = ["systemctl", "show", f"--property={PROPERTIES}", module.params["name"]]
+    _, out, _ = module.run_command(command, check_rc=True)
     return dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
 
 
 def newest(paths: list[str]) -> float:
-    """Return the latest change time of the files that exist, of links themselves (Unix time)."""
-    return max((os.lstat(path).st_ctime for path in paths if os.path.lexists(path)), default=0.0)
+    """Return the latest change time of the files that exist, of links themselves (Unix time).
+
+    What changed in the future did so before the clock was set back.
+    """
+    times = [os.lstat(path).st_ctime for path in paths if os.path.lexists(path)]
+    return max((changed for changed in times if changed <= time.time()), default=0.0)
 
 
 def changed_at(state: dict[str, str]) -> float:
-    """Return when the unit last changed its state, seconds since 1970."""
-    text = state.get("StateChangeTimestamp", "")
-    if not text:
-        return 0.0
-    # systemd writes "UTC", which %Z would read but not believe.
-    return datetime.strptime(
-        text.removesuffix("UTC") + "+0000", "%a %Y-%m-%d %H:%M:%S.%f %z"
-    ).timestamp()
+    """Return when the unit last changed its state, by the clock as it is set now (Unix time)."""
+    elapsed = time.monotonic() - int(state["StateChangeTimestampMonotonic"]) / 1e6
+    return time.time() - elapsed
 
 
 def decide(module: AnsibleModule, state: dict[str, str]) -> str:
