@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -217,8 +218,9 @@ def test_delegated_tasks_show_no_template(inventory: str, tmp_path: Path) -> Non
         "- {hosts: one, gather_facts: false, tasks: ["
         "{ansible.builtin.command: 'true', delegate_to: localhost}]}"
     )
+    program = Path(sys.executable).with_name("ansible-playbook")
     done = subprocess.run(
-        ["ansible-playbook", "--inventory", "one,", "--inventory", str(ROOT / inventory), play],
+        [program, "--inventory", "one,", "--inventory", str(ROOT / inventory), play],
         check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
     )  # fmt: skip
