@@ -433,8 +433,8 @@ def test_full_disk(
 @pytest.mark.fault(
     "out of memory",
     "A request that makes its worker take more than mlflow_memory_max costs that worker, which the "
-    "kernel ends; the server itself goes on, is itself complete again, and has lost nothing. An "
-    "artifact may be larger than that: it passes through the disk.",
+    "kernel ends; the server itself goes on, is itself complete again, and has lost nothing; an "
+    "artifact may be larger than that, as it passes through the disk.",
 )
 def test_out_of_memory(
     host: Any, server: Client, written: dict[str, str], measured: Callable[[str], None]
