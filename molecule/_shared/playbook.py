@@ -51,14 +51,15 @@ def play(playbook: Path, *arguments: str, sources: Sequence[Path] = (), **inputs
     return Run(process.args, process.returncode, output, "")
 
 
-def site(*arguments: str, **inputs: Any) -> Run:
-    """Run the platform's playbook with other inputs, as the converge step did."""
-    return play(ROOT / "playbooks/site.yml", *arguments, **inputs)
+def layer(*arguments: str, **inputs: Any) -> Run:
+    """Run the playbook of the converge step with other inputs."""
+    settings = yaml.safe_load(Path(os.environ["MOLECULE_FILE"]).read_text())
+    return play(Path(settings["ansible"]["playbooks"]["converge"]), *arguments, **inputs)
 
 
 def converge(tags: str, **inputs: Any) -> Run:
-    """Run these tags of the platform's playbook with other inputs; that must succeed."""
-    run = site("--tags", tags, **inputs)
+    """Run these tags of the converge step's playbook with other inputs; that must succeed."""
+    run = layer("--tags", tags, **inputs)
     assert run.returncode == 0, run.stdout[-5000:]
     return run
 

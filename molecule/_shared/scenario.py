@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from playbook import ROOT, changed, converge, recap, secrets, sentences, site
+from playbook import ROOT, changed, converge, layer, recap, secrets, sentences
 
 __all__ = [
     "CA",
@@ -31,6 +31,7 @@ __all__ = [
     "handshake",
     "journal",
     "kill",
+    "layer",
     "main_pid",
     "name_of",
     "places_of",
@@ -41,7 +42,6 @@ __all__ = [
     "restarted",
     "secrets",
     "sentences",
-    "site",
     "strike",
     "units",
     "wait_until",

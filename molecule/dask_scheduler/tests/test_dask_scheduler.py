@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import faults
-import playbook
 import pytest
 import scenario
 
@@ -281,8 +280,7 @@ def test_bad_inputs_are_refused_by_name_and_nothing_changes(host: Any, tmp_path:
     assert said == [f"case-{n}: {text}" if text else "" for n, text in enumerate(wrong)]
 
     before = scenario.units(host)
-    layer = scenario.ROOT / "playbooks/compute.yml"
-    run = playbook.play(layer, "--tags", "dask_scheduler", dask_scheduler_memory_max="4 gigs")
+    run = scenario.layer("--tags", "dask_scheduler", dask_scheduler_memory_max="4 gigs")
     assert run.returncode != 0 and "node-1: dask_scheduler_memory_max is '4 gigs'" in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0
     assert scenario.units(host) == before

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import faults
-import playbook
 import pytest
 import scenario
 import testinfra
@@ -329,8 +328,7 @@ def test_bad_sizes_are_refused_by_name_and_nothing_changes(nodes: Nodes, tmp_pat
     assert said == [f"case-{n}: {text}" if text else "" for n, text in enumerate(wrong)]
 
     before = units(nodes)
-    layer = scenario.ROOT / "playbooks/compute.yml"
-    run = playbook.play(layer, "--tags", "dask_worker", dask_worker_memory_limit="999GiB")
+    run = scenario.layer("--tags", "dask_worker", dask_worker_memory_limit="999GiB")
     assert run.returncode != 0
     for name in nodes:
         assert f"{name}: dask_worker_memory_limit (999GiB) times" in run.stdout

@@ -70,7 +70,7 @@ def test_a_refused_run_changes_nothing(host: Any) -> None:
     host.check_output("useradd --no-user-group --gid users groupless")
     try:
         before, running = host.check_output(files), scenario.units(host)
-        run = scenario.site("--tags", TAGS, jupyterlab_user="groupless", odsp_jupyterlab_port=9888)
+        run = scenario.layer("--tags", TAGS, jupyterlab_user="groupless", odsp_jupyterlab_port=9888)
         after = host.check_output(files)
     finally:
         host.check_output("userdel groupless")

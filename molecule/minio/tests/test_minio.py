@@ -379,7 +379,7 @@ def test_every_wrong_input_has_its_sentence(tmp_path: Path) -> None:
 def test_bad_input_stops_the_role(host: Any, bad: dict[str, Any], sentence: str) -> None:
     """One sentence names host, variable and remedy; good inputs beside the bad wait with them."""
     before = scenario.units(host)
-    run = scenario.site("--tags", "minio", minio_memory_max="1G", **bad)
+    run = scenario.layer("--tags", "minio", minio_memory_max="1G", **bad)
     assert run.returncode != 0
     assert re.search(sentence, " ".join(run.stdout.split())), run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0

@@ -282,7 +282,7 @@ def test_faulty_inputs_stop_the_role(host: Any, tmp_path: Path) -> None:
     wanted = [f"case-{n}: {name} {said}." for n, (name, _, said) in enumerate(FAULTY, 1)]
     assert scenario.sentences("mlflow", cases, tmp_path) == ["", *wanted]
     before = scenario.units(host)
-    run = scenario.site("--tags", "mlflow", mlflow_workers=0)
+    run = scenario.layer("--tags", "mlflow", mlflow_workers=0)
     assert run.returncode != 0
     assert "node-1: mlflow_workers is 0; at least 1 process must serve." in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0

@@ -282,7 +282,7 @@ def test_faulty_inputs_stop_the_role(host: Any, tmp_path: Path) -> None:
     wanted = [f"case-{n}: {name} {said}." for n, (name, _, said) in enumerate(FAULTY, 1)]
     assert scenario.sentences("model_server", cases, tmp_path) == ["", *wanted]
     before = scenario.units(host)
-    run = scenario.site("--tags", "model_server", model_server_workers=0)
+    run = scenario.layer("--tags", "model_server", model_server_workers=0)
     assert run.returncode != 0
     assert "node-1: model_server_workers is 0; at least 1 process must serve." in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0

@@ -198,7 +198,7 @@ def test_bad_input_is_refused_in_one_sentence(site_certificate: Path, tmp_path: 
 def test_a_refused_run_changes_nothing(host: Any) -> None:
     """The platform's own playbook stops there, and the host is as it was."""
     before, running = state(host), scenario.units(host)
-    run = scenario.site("--tags", "nginx", nginx_password_rounds=3, nginx_listen_port=8443)
+    run = scenario.layer("--tags", "nginx", nginx_password_rounds=3, nginx_listen_port=8443)
     assert run.returncode != 0
     assert "node-1: nginx_password_rounds is 3; choose 4 to 12." in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0

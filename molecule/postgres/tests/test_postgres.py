@@ -236,7 +236,7 @@ def test_bad_input_stops_the_role(host: Any, inputs: dict[str, Any]) -> None:
     """One sentence names host, variable and remedy; good inputs beside the bad wait with them."""
     before = scenario.units(host)
     bad = [{**inputs["postgres_databases"][0], "password": ""}]
-    run = scenario.site("--tags", "postgres", postgres_databases=bad, postgres_memory_max="1G")
+    run = scenario.layer("--tags", "postgres", postgres_databases=bad, postgres_memory_max="1G")
     assert run.returncode != 0
     sentence = (
         "node-1: postgres_databases gives shop an empty password; "
