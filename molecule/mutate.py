@@ -166,6 +166,8 @@ def mutate(role: str, release: str) -> run.Score:
                 by = f"; red: {who}" if who else ""
                 run.say_result(verdict == "caught", began, f"{role}: {one.name}: {verdict}{by}")
             red = bench.still_red(results)
+            if _ending.is_set():
+                return score
             for one in results:
                 if set(red) & set(one.caught_by.split(", ")):
                     one.verdict = "caught, but not green again"

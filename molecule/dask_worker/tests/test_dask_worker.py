@@ -529,6 +529,8 @@ def test_the_wall_holds_for_children_of_tasks(nodes: Nodes, measured: Note) -> N
     inputs = variables(one)
     before, run = pids(one, inputs), scenario.units(one)
     wall = int(one.service(UNIT).systemd_properties["MemoryMax"]) // MIB
+    # Of workers of 512 MiB; without such a wall the whole machine would have to be filled.
+    assert wall < 2048
     child = """
 def child():
     eater = f"hoard = [b'x' * 2**23 for _ in range({v['mib'] // 8})]"
