@@ -434,7 +434,7 @@ def test_full_disk(
     "out of memory",
     "A request that makes its worker take more than mlflow_memory_max costs that worker, which the "
     "kernel ends; the server itself goes on, is itself complete again, and has lost nothing; an "
-    "artifact may be larger than that, as it passes through the disk.",
+    "artifact on its way does not count, as it passes through the disk.",
 )
 def test_out_of_memory(
     host: Any, server: Client, written: dict[str, str], measured: Callable[[str], None]
