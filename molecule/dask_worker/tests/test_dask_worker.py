@@ -239,6 +239,34 @@ def test_stopping_takes_the_workers_out_and_starting_brings_them_back(
 
 
 @pytest.mark.once
+def test_tasks_take_a_connection_closed_without_farewell_for_its_end(
+    host: Any, inputs: Inputs
+) -> None:
+    """The platform's settings of TLS are in force where tasks run: no error is left for others."""
+    code = """
+def close():
+    import ssl
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain("/etc/odsp/tls/dask_worker.crt", "/etc/odsp/tls/dask_worker.key")
+    asked = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
+    asked.check_hostname = False
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, server = asked.wrap_bio(back, there), served.wrap_bio(there, back, server_side=True)
+    for end in (client, server) * 2:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+    server.write(b"hello")
+    back.write_eof()
+    return repr(client.read() + client.read())
+print(json.dumps(list(client.run(close, workers=list(own())).values())))
+"""
+    expected = int(inputs["dask_worker_processes"])
+    assert ask(host, inputs, code) == ["b'hello'"] * expected
+
+
+@pytest.mark.once
 def test_a_farewell_costs_nobody_else_the_scheduler(host: Any, inputs: Inputs) -> None:
     """While one connection ends, others go on: every restart brings every worker, and it stays."""
     stay = """
