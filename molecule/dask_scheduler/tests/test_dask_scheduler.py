@@ -273,15 +273,15 @@ def test_bad_inputs_are_refused_by_name_and_nothing_changes(host: Any, tmp_path:
         " the two another port.": dict.fromkeys(PORTS, 8786),
         "dask_scheduler_dashboard_prefix is '/dask/'; write a path without a slash at its beginning"
         " or end, e.g. dask.": {"dask_scheduler_dashboard_prefix": "/dask/"},
-        "dask_scheduler_memory_max is '4 gigs', which systemd would ignore; write a number and K,"
-        " M, G or T, e.g. 4G.": {"dask_scheduler_memory_max": "4 gigs"},
+        'dask_scheduler_memory_max is "4 gigs"; write a number with K, M, G or T, a share of the'
+        " memory as 80%, or infinity.": {"dask_scheduler_memory_max": "4 gigs"},
     }
     said = scenario.sentences("dask_scheduler", wrong.values(), tmp_path)
     assert said == [f"case-{n}: {text}" if text else "" for n, text in enumerate(wrong)]
 
     before = scenario.units(host)
     run = scenario.layer("--tags", "dask_scheduler", dask_scheduler_memory_max="4 gigs")
-    assert run.returncode != 0 and "node-1: dask_scheduler_memory_max is '4 gigs'" in run.stdout
+    assert run.returncode != 0 and 'node-1: dask_scheduler_memory_max is "4 gigs"' in run.stdout
     assert scenario.recap(run)["node-1"]["changed"] == 0
     assert scenario.units(host) == before
 

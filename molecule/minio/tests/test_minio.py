@@ -358,7 +358,7 @@ def test_every_wrong_input_has_its_sentence(tmp_path: Path) -> None:
     *told, nothing = scenario.sentences("minio", [*(GOOD | w for w, _ in WRONG), GOOD], tmp_path)
     assert nothing == ""
     for number, (_, fault) in enumerate(WRONG):
-        sentence = rf"case-{number}: {re.escape(fault)}[^:]*: .+\."
+        sentence = rf"case-{number}: {re.escape(fault)}[^:;]*[:;] .+\."
         assert re.fullmatch(sentence, told[number]), told[number]
 
 

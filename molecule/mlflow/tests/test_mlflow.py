@@ -64,6 +64,7 @@ EMPTY = (
     "playbooks/ops/generate_secrets.yml"
 )
 NAME = "may hold letters, digits, _, - and . only; choose another name"
+SIZE = "write a number with K, M, G or T, a share of the memory as 80%, or infinity"
 #: Inputs that cannot work in a way their types do not show, and what is said of each.
 FAULTY: list[tuple[str, Any, str]] = [
     ("mlflow_listen_address", "", EMPTY),
@@ -90,12 +91,12 @@ FAULTY: list[tuple[str, Any, str]] = [
     (
         "mlflow_memory_max",
         "4 GB",
-        'is "4 GB", which systemd would not heed; write a number with K, M, G or T, as 4G',
+        f'is "4 GB"; {SIZE}',
     ),
     (
         "mlflow_memory_max",
         "4",
-        'is "4", which systemd would not heed; write a number with K, M, G or T, as 4G',
+        f'is "4"; {SIZE}',
     ),
 ]
 

@@ -39,6 +39,7 @@ EMPTY = (
     "playbooks/ops/generate_secrets.yml"
 )
 NAME = "may hold letters, digits, _, - and . only; choose another name"
+SIZE = "write a number with K, M, G or T, a share of the memory as 80%, or infinity"
 #: Inputs that cannot work in a way their types do not show, and what is said of each.
 FAULTY: list[tuple[str, Any, str]] = [
     ("model_server_listen_address", "", EMPTY),
@@ -65,12 +66,12 @@ FAULTY: list[tuple[str, Any, str]] = [
     (
         "model_server_memory_max",
         "8 GB",
-        'is "8 GB", which systemd would not heed; write a number with K, M, G or T, as 8G',
+        f'is "8 GB"; {SIZE}',
     ),
     (
         "model_server_memory_max",
         "8",
-        'is "8", which systemd would not heed; write a number with K, M, G or T, as 8G',
+        f'is "8"; {SIZE}',
     ),
 ]
 
