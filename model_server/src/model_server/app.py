@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from model_server.catalog import Catalog
 from model_server.environments import Environments
 from model_server.errors import STATUS_CODES, ModelServerError
+from model_server.fastpath import FastPath
 from model_server.registry import ModelRegistry
 from model_server.routes import describe, router
 from model_server.serving import ModelServing
@@ -53,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.serving = serving
     app.include_router(router)
+    app.add_middleware(FastPath, serving=serving, max_body_bytes=settings.max_body_bytes)
     app.add_exception_handler(ModelServerError, _tell_error)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_exception_handler(OSError, _tell_full_disk)
