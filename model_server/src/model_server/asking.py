@@ -1,5 +1,6 @@
-"""What the routes of both protocols need: their settings, the models, the limits of names."""
+"""What every route of both protocols takes: names of models, and the call itself."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
@@ -16,21 +17,17 @@ VersionOrAlias = Annotated[
 ]
 
 
-def _serving(request: Request) -> ModelServing:
-    serving: ModelServing = request.app.state.serving
-    return serving
+@dataclass(frozen=True)
+class _Call:
+    request: Request
+    serving: ModelServing
+    settings: Settings
+    asked: Asked
 
 
-def _settings(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
+def _call(request: Request) -> _Call:
+    state = request.app.state
+    return _Call(request, state.serving, state.settings, request.scope["asked"])
 
 
-def _asked(request: Request) -> Asked:
-    asked: Asked = request.scope["asked"]
-    return asked
-
-
-Serving = Annotated[ModelServing, Depends(_serving)]
-AppSettings = Annotated[Settings, Depends(_settings)]
-Observation = Annotated[Asked, Depends(_asked)]
+Call = Annotated[_Call, Depends(_call)]

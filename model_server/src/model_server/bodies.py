@@ -1,8 +1,18 @@
 """The body of a request, whole and within the limit."""
 
+from typing import Any
+
 from fastapi import Request
+from pydantic import BaseModel
 
 from model_server.errors import BodyTooLargeError, UnsupportedBodyError
+from model_server.schemas import schema_of
+
+
+def json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """The body, as OpenAPI has it, of a route that reads it by itself."""
+    content = {"application/json": {"schema": schema_of(model)}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -12,7 +22,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise UnsupportedBodyError(f"Send the body as it is; {encoding[:20]!r} is not taken.")
     too_large = BodyTooLargeError(f"The body is larger than {limit} bytes; send fewer rows.")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced[:20]) > limit:
+    if announced.isdecimal() and int(announced[:20]) > limit:
         raise too_large
     body = bytearray()
     async for piece in request.stream():

@@ -3,18 +3,18 @@
 from importlib.resources import files
 from typing import Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 
-from model_server.asking import AppSettings
+from model_server.asking import Call
 
 DESCRIPTION = """\
-Two protocols for the same models: the **native** one, and the **Open Inference Protocol** (V2) under
-`/v2`. A model is meant by its name and a version or an alias of the registry; `pyfunc` or `sklearn`
-is the flavor that it is loaded as. JSON has no NaN and no infinity: in answers both, and every
-missing value, are `null`. What is wrong with a request is told in a sentence, `detail` in the native
-protocol and `error` in V2; a status of 503 comes with `Retry-After`. Every answer has an
+Two protocols for the same models: the **native** one, and the **Open Inference Protocol** (V2)
+under `/v2`. A model is meant by its name and a version or an alias of the registry; `pyfunc` or
+`sklearn` is the flavor that it is loaded as. JSON has no NaN and no infinity: in answers both, and
+every missing value, are `null`. What is wrong with a request is told in a sentence, `detail` in the
+native protocol and `error` in V2; a status of 503 comes with `Retry-After`. Every answer has an
 `X-Request-ID`, the one that was sent or a new one.
 """
 
@@ -28,18 +28,18 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-async def show_start(settings: AppSettings) -> RedirectResponse:
+async def show_start(call: Call) -> RedirectResponse:
     """Send a browser to the documentation."""
-    return RedirectResponse(f"{settings.root_path}/docs")
+    return RedirectResponse(f"{call.settings.root_path}/docs")
 
 
 @router.get("/docs")
-async def show_docs(request: Request, settings: AppSettings) -> HTMLResponse:
+async def show_docs(call: Call) -> HTMLResponse:
     """Swagger UI."""
-    assets = f"{settings.root_path}/docs"
+    assets = f"{call.settings.root_path}/docs"
     return get_swagger_ui_html(
-        openapi_url=f"{settings.root_path}/openapi.json",
-        title=request.app.title,
+        openapi_url=f"{call.settings.root_path}/openapi.json",
+        title=call.request.app.title,
         swagger_js_url=f"{assets}/swagger-ui-bundle.js",
         swagger_css_url=f"{assets}/swagger-ui.css",
         swagger_favicon_url=f"{assets}/favicon.png",

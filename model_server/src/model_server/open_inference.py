@@ -4,17 +4,18 @@ V2's version is a version or an alias of the registry; without one, the highest 
 loaded is meant. The flavor is pyfunc unless a request's parameter `model_flavor` says sklearn.
 """
 
-from typing import Annotated, Any
+import re
+from typing import Any, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 
 from model_server import __version__
-from model_server.asking import AppSettings, ModelName, Observation, Serving, VersionOrAlias
-from model_server.bodies import read_body
+from model_server.asking import Call, ModelName, VersionOrAlias
+from model_server.bodies import json_body, read_body
 from model_server.errors import InvalidRequestError, ModelNotLoadedError
-from model_server.log import Asked
-from model_server.problems import answers, problem
+from model_server.problems import answers, describe, problem
 from model_server.runner import wire
 from model_server.runner.open_inference import BINARY
 from model_server.schemas import (
@@ -27,23 +28,17 @@ from model_server.schemas import (
     ModelReady,
     RepositoryEntry,
     RepositoryIndexRequest,
-    RepositoryParameters,
     RepositoryRequest,
     ServerLive,
     ServerMetadata,
     ServerReady,
-    schema_of,
 )
 from model_server.serving import ModelServing
 
 _LARGEST_HEADER = 2**24 - 1
+_LENGTH = re.compile(r"[0-9]{1,9}")
 _STATES: dict[str, Any] = {"ready": "READY", "loading": "LOADING"}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": schema_of(InferenceRequest)}},
-    }
-}
+_Content = TypeVar("_Content", RepositoryIndexRequest, RepositoryRequest)
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -81,23 +76,24 @@ async def tell_live() -> ServerLive:
 @router.get(
     "/health/ready", response_model=ServerReady, responses=answers(503, protocol=InferenceProblem)
 )
-async def tell_ready(request: Request, serving: Serving) -> Any:
+async def tell_ready(call: Call) -> Any:
     """Whether everything that shall be loaded has been brought back since the start."""
-    if serving.is_ready():
+    if call.serving.is_ready():
         return ServerReady(ready=True)
-    return problem(request, "The models that shall be loaded are still being brought back.", 503)
+    return problem(
+        call.request, "The models that shall be loaded are still being brought back.", 503
+    )
 
 
 @router.get("/models/{model_name}", responses=answers(404, 422, 503, protocol=InferenceProblem))
 async def describe_model(
     model_name: ModelName,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> ModelMetadata:
     """What a loaded model takes and gives, by its signature; loads nothing."""
-    version = await _highest(serving, model_name, model_flavor)
-    return await describe_version(model_name, str(version), serving, asked, model_flavor)
+    version = await _highest(call.serving, model_name, model_flavor)
+    return await describe_version(model_name, str(version), call, model_flavor)
 
 
 @router.get(
@@ -107,14 +103,13 @@ async def describe_model(
 async def describe_version(
     model_name: ModelName,
     model_version: VersionOrAlias,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> ModelMetadata:
     """What a loaded model version takes and gives, by its signature; loads nothing."""
-    asked.model, asked.flavor = model_name, model_flavor
-    loaded, described = await serving.describe(model_name, model_flavor, model_version)
-    asked.version = loaded.version
+    call.asked.model, call.asked.flavor = model_name, model_flavor
+    loaded, described = await call.serving.describe(model_name, model_flavor, model_version)
+    call.asked.version = loaded.version
     return ModelMetadata(
         name=loaded.model_name,
         versions=[str(loaded.version)],
@@ -131,14 +126,12 @@ async def describe_version(
 )
 async def tell_model_ready(
     model_name: ModelName,
-    request: Request,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> Any:
     """Whether a loaded model answers."""
-    version = await _highest(serving, model_name, model_flavor)
-    return await tell_version_ready(model_name, str(version), request, serving, asked, model_flavor)
+    version = await _highest(call.serving, model_name, model_flavor)
+    return await tell_version_ready(model_name, str(version), call, model_flavor)
 
 
 @router.get(
@@ -149,125 +142,119 @@ async def tell_model_ready(
 async def tell_version_ready(
     model_name: ModelName,
     model_version: VersionOrAlias,
-    request: Request,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> Any:
     """Whether a loaded model version answers."""
-    asked.model, asked.flavor = model_name, model_flavor
-    loaded, _ = await serving.describe(model_name, model_flavor, model_version)
-    asked.version = loaded.version
+    call.asked.model, call.asked.flavor = model_name, model_flavor
+    loaded, _ = await call.serving.describe(model_name, model_flavor, model_version)
+    call.asked.version = loaded.version
     if loaded.state == "ready":
         return ModelReady(name=model_name, ready=True)
-    return problem(request, f"Model {model_name!r} is {loaded.state}.", 503)
+    return problem(call.request, f"Model {model_name!r} is {loaded.state}.", 503)
 
 
 @router.post(
     "/models/{model_name}/infer",
     response_model=InferenceResponse,
     responses=answers(404, 413, 415, 422, 500, 503, 504, protocol=InferenceProblem),
-    openapi_extra=_BODY,
+    openapi_extra=json_body(InferenceRequest),
 )
 async def infer(
     model_name: ModelName,
-    request: Request,
-    serving: Serving,
-    settings: AppSettings,
-    asked: Observation,
+    call: Call,
 ) -> Response:
     """Predict with the highest version that is loaded."""
-    asked.model = model_name
-    body, flavor = _read(await read_body(request, settings.max_body_bytes), request)
-    version = await _highest(serving, model_name, flavor)
-    return await _infer(serving, asked, model_name, flavor, str(version), body)
+    call.asked.model = model_name
+    body, flavor = _read(await read_body(call.request, call.settings.max_body_bytes), call.request)
+    version = await _highest(call.serving, model_name, flavor)
+    return await _infer(call, model_name, flavor, str(version), body)
 
 
 @router.post(
     "/models/{model_name}/versions/{model_version}/infer",
     response_model=InferenceResponse,
     responses=answers(404, 413, 415, 422, 500, 502, 503, 504, 507, protocol=InferenceProblem),
-    openapi_extra=_BODY,
+    openapi_extra=json_body(InferenceRequest),
 )
 async def infer_with_version(
     model_name: ModelName,
     model_version: VersionOrAlias,
-    request: Request,
-    serving: Serving,
-    settings: AppSettings,
-    asked: Observation,
+    call: Call,
 ) -> Response:
     """Predict with a version or an alias, loading it on first use."""
-    asked.model = model_name
-    body, flavor = _read(await read_body(request, settings.max_body_bytes), request)
-    return await _infer(serving, asked, model_name, flavor, model_version, body)
+    call.asked.model = model_name
+    body, flavor = _read(await read_body(call.request, call.settings.max_body_bytes), call.request)
+    return await _infer(call, model_name, flavor, model_version, body)
 
 
-@router.post("/repository/index", responses=answers(422, 503, protocol=InferenceProblem))
+@router.post(
+    "/repository/index",
+    responses=answers(413, 415, 422, 503, protocol=InferenceProblem),
+    openapi_extra=json_body(RepositoryIndexRequest, required=False),
+)
 async def list_models(
-    serving: Serving,
-    wanted: Annotated[RepositoryIndexRequest | None, Body()] = None,
+    call: Call,
 ) -> list[RepositoryEntry]:
     """What is loaded, the same from every worker."""
+    wanted = await _optional_body(call, RepositoryIndexRequest)
     return [
         _entry(model)
-        for model in await serving.loaded_models()
-        if model.state == "ready" or not (wanted and wanted.ready)
+        for model in await call.serving.loaded_models()
+        if model.state == "ready" or not wanted.ready
     ]
 
 
 @router.post(
     "/repository/models/{model_name}/load",
-    responses=answers(404, 422, 502, 503, 504, 507, protocol=InferenceProblem),
+    responses=answers(404, 413, 415, 422, 502, 503, 504, 507, protocol=InferenceProblem),
+    openapi_extra=json_body(RepositoryRequest, required=False),
 )
 async def load_model(
     model_name: ModelName,
-    serving: Serving,
-    asked: Observation,
-    wanted: Annotated[RepositoryRequest | None, Body()] = None,
+    call: Call,
 ) -> RepositoryEntry:
     """Load the version or alias of `parameters.version`; without it, the highest one anew."""
-    parameters = wanted.parameters if wanted else RepositoryParameters()
-    asked.model, asked.flavor = model_name, parameters.model_flavor
+    parameters = (await _optional_body(call, RepositoryRequest)).parameters
+    call.asked.model, call.asked.flavor = model_name, parameters.model_flavor
     version = parameters.version
     if version is None:
-        loaded = await _versions(serving, model_name, parameters.model_flavor)
+        loaded = await _versions(call.serving, model_name, parameters.model_flavor)
         if not loaded:
             raise InvalidRequestError(
                 f"Say which version of {model_name!r} to load, by number or alias: "
                 '{"parameters": {"version": "1"}}.'
             )
         version = str(max(loaded))
-    model = await serving.load(model_name, parameters.model_flavor, version)
-    asked.version = model.version
+    model = await call.serving.load(model_name, parameters.model_flavor, version)
+    call.asked.version = model.version
     return _entry(model)
 
 
 @router.post(
     "/repository/models/{model_name}/unload",
-    responses=answers(404, 422, 503, 504, protocol=InferenceProblem),
+    responses=answers(404, 413, 415, 422, 503, 504, protocol=InferenceProblem),
+    openapi_extra=json_body(RepositoryRequest, required=False),
 )
 async def unload_model(
     model_name: ModelName,
-    serving: Serving,
-    asked: Observation,
-    wanted: Annotated[RepositoryRequest | None, Body()] = None,
+    call: Call,
 ) -> list[RepositoryEntry]:
     """Unload the version or alias of `parameters.version`; without it, all versions."""
-    parameters = wanted.parameters if wanted else RepositoryParameters()
-    asked.model, asked.flavor = model_name, parameters.model_flavor
+    parameters = (await _optional_body(call, RepositoryRequest)).parameters
+    call.asked.model, call.asked.flavor = model_name, parameters.model_flavor
     versions = (
         [parameters.version]
         if parameters.version
         else [
             str(version)
-            for version in await _versions(serving, model_name, parameters.model_flavor)
+            for version in await _versions(call.serving, model_name, parameters.model_flavor)
         ]
     )
     if not versions:
         raise _not_loaded(model_name, parameters.model_flavor)
     return [
-        _entry(await serving.unload(model_name, parameters.model_flavor, version))
+        _entry(await call.serving.unload(model_name, parameters.model_flavor, version))
         for version in versions
     ]
 
@@ -282,17 +269,10 @@ def _entry(model: LoadedModel) -> RepositoryEntry:
     )
 
 
-async def _infer(
-    serving: ModelServing,
-    asked: Asked,
-    name: str,
-    flavor: ModelFlavor,
-    version: str,
-    body: bytes,
-) -> Response:
-    asked.flavor = flavor
-    predicted = await serving.predict(name, flavor, version, body, kind=wire.INFER)
-    asked.version, asked.rows = predicted.version, predicted.rows
+async def _infer(call: Call, name: str, flavor: ModelFlavor, version: str, body: bytes) -> Response:
+    call.asked.flavor = flavor
+    predicted = await call.serving.predict(name, flavor, version, body, kind=wire.INFER)
+    call.asked.version, call.asked.rows = predicted.version, predicted.rows
     # The model's process writes the tensors, and does not know what it is called.
     about = msgspec.json.encode({"model_name": name, "model_version": str(predicted.version)})
     return Response(about[:-1] + b"," + predicted.body[1:], media_type="application/json")
@@ -303,7 +283,7 @@ def _read(body: bytes, request: Request) -> tuple[bytes, ModelFlavor]:
     length = request.headers.get("inference-header-content-length")
     envelope = body
     if length is not None:
-        if not length.isdigit() or int(length[:20]) > min(len(body), _LARGEST_HEADER):
+        if not _LENGTH.fullmatch(length) or int(length) > min(len(body), _LARGEST_HEADER):
             raise InvalidRequestError(
                 "Inference-Header-Content-Length must be the length of the JSON before the "
                 "binary data, in bytes."
@@ -335,3 +315,12 @@ def _not_loaded(name: str, flavor: ModelFlavor) -> ModelNotLoadedError:
     return ModelNotLoadedError(
         f"No version of model {name!r} is loaded as {flavor}; load one, or name a version."
     )
+
+
+async def _optional_body(call: Call, kind: type[_Content]) -> _Content:
+    """What a body says, or its defaults: V2's clients send none, or no media type with it."""
+    body = await read_body(call.request, call.settings.max_body_bytes)
+    try:
+        return kind.model_validate_json(body) if body else kind()
+    except ValidationError as error:
+        raise InvalidRequestError(describe(error.errors(include_url=False))) from None

@@ -6,12 +6,12 @@ health, docs, metrics or v2 is asked like any other.
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import ValidationError
 
 from model_server import metrics
-from model_server.asking import AppSettings, ModelName, Observation, Serving, VersionOrAlias
-from model_server.bodies import read_body
+from model_server.asking import Call, ModelName, VersionOrAlias
+from model_server.bodies import json_body, read_body
 from model_server.errors import InvalidRequestError, ModelServerError
 from model_server.problems import answers, describe, problem
 from model_server.schemas import (
@@ -20,15 +20,8 @@ from model_server.schemas import (
     ModelFlavor,
     PredictRequest,
     PredictResponse,
-    schema_of,
 )
 
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": schema_of(PredictRequest)}},
-    }
-}
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 router = APIRouter()
@@ -41,11 +34,13 @@ async def tell_live() -> Health:
 
 
 @router.get("/health/ready", tags=["health"], response_model=Health, responses=answers(503))
-async def tell_ready(request: Request, serving: Serving) -> Any:
+async def tell_ready(call: Call) -> Any:
     """Whether everything that shall be loaded has been brought back since the start."""
-    if serving.is_ready():
+    if call.serving.is_ready():
         return Health(status="ready")
-    return problem(request, "The models that shall be loaded are still being brought back.", 503)
+    return problem(
+        call.request, "The models that shall be loaded are still being brought back.", 503
+    )
 
 
 @router.get(
@@ -54,10 +49,10 @@ async def tell_ready(request: Request, serving: Serving) -> Any:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"example": "model_server_workers 2.0"}}}},
 )
-async def tell_metrics(serving: Serving) -> Response:
+async def tell_metrics(call: Call) -> Response:
     """What all workers have counted, for Prometheus."""
     try:
-        loaded = await serving.loaded_models()
+        loaded = await call.serving.loaded_models()
     except ModelServerError:
         loaded = None
     return Response(metrics.exposition(loaded), media_type=_METRICS_TYPE)
@@ -72,20 +67,19 @@ async def load_model(
     model_name: ModelName,
     model_flavor: ModelFlavor,
     model_version_or_alias: VersionOrAlias,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
 ) -> LoadedModel:
     """Load a model version; an alias means what the registry says now."""
-    asked.model, asked.flavor = model_name, model_flavor
-    loaded = await serving.load(model_name, model_flavor, model_version_or_alias)
-    asked.version = loaded.version
+    call.asked.model, call.asked.flavor = model_name, model_flavor
+    loaded = await call.serving.load(model_name, model_flavor, model_version_or_alias)
+    call.asked.version = loaded.version
     return loaded
 
 
 @router.get("/loaded_models", tags=["models"], responses=answers(503))
-async def list_loaded_models(serving: Serving) -> list[LoadedModel]:
+async def list_loaded_models(call: Call) -> list[LoadedModel]:
     """What is loaded, the same from every worker."""
-    return await serving.loaded_models()
+    return await call.serving.loaded_models()
 
 
 @router.delete(
@@ -97,13 +91,12 @@ async def unload_model(
     model_name: ModelName,
     model_flavor: ModelFlavor,
     model_version_or_alias: VersionOrAlias,
-    serving: Serving,
-    asked: Observation,
+    call: Call,
 ) -> LoadedModel:
     """Unload a model version: its process ends and its memory is free."""
-    asked.model, asked.flavor = model_name, model_flavor
-    unloaded = await serving.unload(model_name, model_flavor, model_version_or_alias)
-    asked.version = unloaded.version
+    call.asked.model, call.asked.flavor = model_name, model_flavor
+    unloaded = await call.serving.unload(model_name, model_flavor, model_version_or_alias)
+    call.asked.version = unloaded.version
     return unloaded
 
 
@@ -112,23 +105,22 @@ async def unload_model(
     tags=["predictions"],
     response_model=PredictResponse,
     responses=answers(404, 413, 415, 422, 500, 502, 503, 504, 507),
-    openapi_extra=_BODY,
+    openapi_extra=json_body(PredictRequest),
 )
 async def predict(
     model_name: ModelName,
     model_version_or_alias: VersionOrAlias,
-    request: Request,
-    serving: Serving,
-    settings: AppSettings,
-    asked: Observation,
+    call: Call,
 ) -> Response:
     """Predict, loading the model on first use."""
-    asked.model = model_name
-    body = await read_body(request, settings.max_body_bytes)
+    call.asked.model = model_name
+    body = await read_body(call.request, call.settings.max_body_bytes)
     wanted = _validate(body)
-    asked.flavor = wanted.model_flavor
-    predicted = await serving.predict(model_name, wanted.model_flavor, model_version_or_alias, body)
-    asked.version, asked.rows = predicted.version, predicted.rows
+    call.asked.flavor = wanted.model_flavor
+    predicted = await call.serving.predict(
+        model_name, wanted.model_flavor, model_version_or_alias, body
+    )
+    call.asked.version, call.asked.rows = predicted.version, predicted.rows
     # Already JSON, made by the model's process.
     return Response(predicted.body, media_type="application/json")
 

@@ -109,7 +109,7 @@ class _Binary:
 
 def _parts(body: bytes) -> tuple[dict[str, Any], _Binary]:
     content = memoryview(body)
-    if body[:1] != b"\0":
+    if body[:1] != b"\0" or len(body) < BINARY.size:
         return read_object(body), _Binary(content[:0])
     (length,) = BINARY.unpack_from(body)
     content = content[BINARY.size :]
