@@ -29,6 +29,14 @@ class ModelNotLoadableError(ModelServerError):
     """The model's files or requirements cannot be turned into a running model."""
 
 
+class ModelNotReadyError(ModelServerError):
+    """The model shall be loaded and does not run yet, or not for now."""
+
+
+class MemoryBudgetError(ModelServerError):
+    """The memory for models has no room for one more."""
+
+
 class ModelFailedError(ModelServerError):
     """The model's own code failed, or its answer has no JSON form."""
 
@@ -72,6 +80,8 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     ModelNotFoundError: 404,
     ModelNotLoadedError: 404,
     ModelNotLoadableError: 422,
+    ModelNotReadyError: 503,
+    MemoryBudgetError: 507,
     ModelFailedError: 500,
     RunnerEndedError: 503,
     RunnerBusyError: 503,
