@@ -49,10 +49,6 @@ class RunnerBusyError(ModelServerError):
     """So many callers wait for a model already that one more is sent away."""
 
 
-class MemoryBudgetError(ModelServerError):
-    """The model would take more memory than models may take together."""
-
-
 class DeadlineExceededError(ModelServerError):
     """A load or a prediction took longer than allowed."""
 
@@ -85,7 +81,6 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     ModelFailedError: 500,
     RunnerEndedError: 503,
     RunnerBusyError: 503,
-    MemoryBudgetError: 507,
     DeadlineExceededError: 504,
     IndexUnavailableError: 503,
     RegistryUnavailableError: 503,

@@ -7,6 +7,7 @@ nothing that a caller can invent.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,9 +36,9 @@ _ROWS = Counter("model_server_rows", "Predicted rows.", _MODEL, registry=_REGIST
 _LOADS = Counter(
     "model_server_loads", "Loads asked for, by how they ended.", ("outcome",), registry=_REGISTRY
 )
-_RESTARTS = Counter(
-    "model_server_runner_restarts",
-    "Model processes that were started again after they ended by themselves.",
+_CRASHES = Counter(
+    "model_server_runner_crashes",
+    "Model processes that ended by themselves, to be started again.",
     registry=_REGISTRY,
 )
 _WORKERS = Gauge(
@@ -65,14 +66,20 @@ def count_prediction(model: str, version: int, flavor: str, rows: int, seconds: 
     counter.inc(rows)
 
 
-def count_load(*, failed: bool) -> None:
-    """A load that somebody asked for has ended."""
-    _LOADS.labels("failed" if failed else "loaded").inc()
+@contextmanager
+def counted_load() -> Iterator[None]:
+    """A load, by how it ends."""
+    try:
+        yield
+    except BaseException:
+        _LOADS.labels("failed").inc()
+        raise
+    _LOADS.labels("loaded").inc()
 
 
-def count_restart() -> None:
-    """A model's process was started again after it had ended by itself."""
-    _RESTARTS.inc()
+def count_crash() -> None:
+    """A model's process has ended by itself."""
+    _CRASHES.inc()
 
 
 def exposition(loaded: Sequence[LoadedModel] | None) -> bytes:

@@ -92,8 +92,8 @@ async def describe_model(
     model_flavor: ModelFlavor = "pyfunc",
 ) -> ModelMetadata:
     """What a loaded model takes and gives, by its signature; loads nothing."""
-    version = await _highest(call.serving, model_name, model_flavor)
-    return await describe_version(model_name, str(version), call, model_flavor)
+    version = _highest(call.serving, model_name, model_flavor)
+    return await describe_version(model_name, version, call, model_flavor)
 
 
 @router.get(
@@ -130,8 +130,8 @@ async def tell_model_ready(
     model_flavor: ModelFlavor = "pyfunc",
 ) -> Any:
     """Whether a loaded model answers."""
-    version = await _highest(call.serving, model_name, model_flavor)
-    return await tell_version_ready(model_name, str(version), call, model_flavor)
+    version = _highest(call.serving, model_name, model_flavor)
+    return await tell_version_ready(model_name, version, call, model_flavor)
 
 
 @router.get(
@@ -167,8 +167,8 @@ async def infer(
     """Predict with the highest version that is loaded."""
     call.asked.model = model_name
     body, flavor = _read(await read_body(call.request, call.settings.max_body_bytes), call.request)
-    version = await _highest(call.serving, model_name, flavor)
-    return await _infer(call, model_name, flavor, str(version), body)
+    version = _highest(call.serving, model_name, flavor)
+    return await _infer(call, model_name, flavor, version, body)
 
 
 @router.post(
@@ -219,7 +219,7 @@ async def load_model(
     call.asked.model, call.asked.flavor = model_name, parameters.model_flavor
     version = parameters.version
     if version is None:
-        loaded = await _versions(call.serving, model_name, parameters.model_flavor)
+        loaded = call.serving.versions(model_name, parameters.model_flavor)
         if not loaded:
             raise InvalidRequestError(
                 f"Say which version of {model_name!r} to load, by number or alias: "
@@ -247,8 +247,7 @@ async def unload_model(
         [parameters.version]
         if parameters.version
         else [
-            str(version)
-            for version in await _versions(call.serving, model_name, parameters.model_flavor)
+            str(version) for version in call.serving.versions(model_name, parameters.model_flavor)
         ]
     )
     if not versions:
@@ -296,19 +295,11 @@ def _read(body: bytes, request: Request) -> tuple[bytes, ModelFlavor]:
     return body, parameters.model_flavor if parameters else "pyfunc"
 
 
-async def _versions(serving: ModelServing, name: str, flavor: ModelFlavor) -> list[int]:
-    return [
-        model.version
-        for model in await serving.loaded_models()
-        if (model.model_name, model.model_flavor) == (name, flavor)
-    ]
-
-
-async def _highest(serving: ModelServing, name: str, flavor: ModelFlavor) -> int:
-    versions = await _versions(serving, name, flavor)
+def _highest(serving: ModelServing, name: str, flavor: ModelFlavor) -> str:
+    versions = serving.versions(name, flavor)
     if not versions:
         raise _not_loaded(name, flavor)
-    return max(versions)
+    return str(max(versions))
 
 
 def _not_loaded(name: str, flavor: ModelFlavor) -> ModelNotLoadedError:
