@@ -5,7 +5,7 @@ so that every refusal has one source. What this answers, it answers as the appli
 """
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -13,12 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_server.serving import ModelServing
 
-ROUTE = "/{model_name}/{model_version_or_alias}"
+if TYPE_CHECKING:
+    from model_server.log import Asked
+
+_ROUTE = "/{model_name}/{model_version_or_alias}"
 
 _SEGMENTS = 3
 _SEGMENT = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
 _JSON = b"application/json"
-_CHANGES_THE_BODY = frozenset((b"content-encoding", b"inference-header-content-length"))
+_CHANGES_THE_BODY = b"content-encoding"
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,12 +67,15 @@ class FastPath:
         if wanted is None:
             await self._app(scope, _again(messages, receive), send)
             return
+        _, name, reference = segments
+        asked: Asked = scope["asked"]
+        asked.route, asked.model, asked.flavor = _ROUTE, name, wanted.model_flavor
         try:
-            _, name, reference = segments
             predicted = await self._serving.predict(name, wanted.model_flavor, reference, body)
         except Exception as error:  # noqa: BLE001  the application tells it
             await _tell(error, scope, receive, send)
             return
+        asked.version, asked.rows = predicted.version, predicted.rows
         headers = [
             (b"content-length", b"%d" % len(predicted.body)),
             (b"content-type", _JSON),
@@ -85,7 +91,7 @@ class FastPath:
             elif name == b"content-type":
                 if not value.startswith(_JSON):
                     return False
-            elif name in _CHANGES_THE_BODY:
+            elif name == _CHANGES_THE_BODY:
                 return False
         return True
 
