@@ -9,9 +9,8 @@ from pathlib import Path
 from gunicorn.app.base import BaseApplication
 
 from model_server import __version__
-from model_server.log import configure_logging
-from model_server.processes import serving
 from model_server.settings import InvalidSettingsError, read_settings
+from model_server.sharing import share_metrics
 
 _STATE_DIR = Path("~/.local/state/model-server")
 _WRONG_USAGE = 2
@@ -53,13 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["MODEL_SERVER_STATE_DIR"] = str(Path(state_dir).expanduser().absolute())
     if options.tracking_uri:
         os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
-    configure_logging()
     try:
         settings = read_settings()
     except InvalidSettingsError as error:
         sys.stderr.write(f"The model server cannot start: {error}\n")
         return _WRONG_USAGE
-    # The workers share what has been imported until here.
+    share_metrics(settings.sockets, os.getpid())
+    # What is imported now, after that, lies in memory once for all workers.
+    import model_server.app  # noqa: F401, PLC0415
+    from model_server.log import configure_logging  # noqa: PLC0415
+    from model_server.processes import serving  # noqa: PLC0415
+
+    configure_logging()
     gc.collect()
     gc.freeze()
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -1,5 +1,6 @@
 """The application for an ASGI server: `gunicorn -k uvicorn_worker.UvicornWorker ...`."""
 
+import os
 import sys
 
 from model_server.settings import InvalidSettingsError, read_settings
@@ -11,7 +12,7 @@ except InvalidSettingsError as error:
     sys.stderr.write(f"The model server cannot start: {error}\n")
     # Gunicorn takes this status for "do not try again".
     raise SystemExit(3) from None
-share_metrics(_settings.sockets)
+share_metrics(_settings.sockets, os.getppid())
 
 # Only now, as counters decide when they are imported whether they are shared.
 from model_server.app import create_app  # noqa: E402

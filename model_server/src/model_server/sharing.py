@@ -10,12 +10,11 @@ from pathlib import Path
 _PREFIX = "metrics-"
 
 
-def share_metrics(runtime_dir: Path) -> None:
-    """Let this worker count for the whole service: that is, for all children of its parent.
+def share_metrics(runtime_dir: Path, parent: int) -> None:
+    """Let this process count for the whole service: that is, for all children of one parent.
 
     What an earlier service has counted is removed.
     """
-    parent = os.getppid()
     directory = runtime_dir / f"{_PREFIX}{parent}-{_start_time(parent)}"
     directory.mkdir(parents=True, exist_ok=True)
     for other in runtime_dir.glob(f"{_PREFIX}*"):
