@@ -12,14 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model_server import metrics
 from model_server.schemas import LoadedModel
-from model_server.sharing import share_metrics
 
 _WORKER = """
     import sys
     from pathlib import Path
-    from model_server.sharing import share_metrics
-    share_metrics(Path(sys.argv[1]))
     from model_server import metrics
+    metrics.share_metrics(Path(sys.argv[1]))
     metrics.count_worker()
     metrics.count_request("/{a}/{b}", 200)
     metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003)
@@ -115,7 +113,7 @@ def test_an_earlier_services_counters_are_removed(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
     (tmp_path / "metrics-1-1").mkdir()
     (tmp_path / "metrics-999999999-1").mkdir()
-    share_metrics(tmp_path)
+    metrics.share_metrics(tmp_path)
     (left,) = tmp_path.iterdir()
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == str(left)
     assert left.name.startswith(f"metrics-{os.getppid()}-")

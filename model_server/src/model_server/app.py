@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from model_server import docs, metrics, open_inference, routes
 from model_server.catalog import Catalog
 from model_server.environments import Environments
+from model_server.fastpath import FastPath
 from model_server.log import Observed
 from model_server.problems import add_problem_handlers
 from model_server.registry import ModelRegistry
@@ -50,6 +51,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(docs.router)
     app.include_router(open_inference.router)
     app.include_router(routes.router)
+    # The one that is added last comes first.
+    app.add_middleware(FastPath, serving=serving, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(Observed, user_header=settings.user_header)
     add_problem_handlers(app)
     return app

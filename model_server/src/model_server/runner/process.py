@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import native, wire
+from . import native, open_inference, wire
 from .batching import Answer, Batcher
 from .inputs import InputError
 from .model import ModelError, load_model
@@ -39,7 +39,10 @@ _LAST_CALL_SECONDS = 0.02
 _LAST_LINES = 10
 _WAKEUP = object()
 
-_READERS: dict[bytes, Callable[[bytes], Question]] = {wire.PREDICT: native.read_native}
+_READERS: dict[bytes, Callable[[bytes], Question]] = {
+    wire.PREDICT: native.read_native,
+    wire.INFER: open_inference.read_inference,
+}
 
 
 class _Slot:
@@ -162,8 +165,8 @@ class RunnerProcess:
     def load(self, folder: Path, flavor: str) -> bool:
         """Load and warm the model; where that fails, tell who asks, and return False."""
         try:
-            model = load_model(folder, flavor)
-            self._batcher = Batcher(model)
+            self._model = load_model(folder, flavor)
+            self._batcher = Batcher(self._model)
             warm_up(self._batcher, folder)
         except ModelError as error:
             trace = traceback.format_exc()
@@ -212,8 +215,7 @@ class RunnerProcess:
 
     def _description(self) -> bytes:
         description = {
-            "inputs": None,
-            "outputs": None,
+            **open_inference.describe(self._model.signature),
             "flavor": self._flavor,
             "batching": self._batcher.batching,
         }
