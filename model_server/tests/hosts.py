@@ -46,9 +46,7 @@ class Host:
         return listing
 
     def states(self) -> dict[tuple[str, int], str]:
-        return {
-            (entry["model_name"], entry["version"]): entry["state"] for entry in self.listing()
-        }
+        return {(entry["model_name"], entry["version"]): entry["state"] for entry in self.listing()}
 
     def is_ready(self) -> bool:
         return self._client.get("/health/ready").status_code == 200

@@ -24,6 +24,10 @@ case "$2" in
     if grep -q far-away requirements.txt; then
       echo "error: Failed to fetch: far-away" >&2
       exit 2
+    fi
+    if grep -q too-big requirements.txt; then
+      echo "error: Failed to write: No space left on device (os error 28)" >&2
+      exit 2
     fi ;;
 esac
 """
