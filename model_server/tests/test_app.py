@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +9,6 @@ from fastapi.testclient import TestClient
 
 from conftest import TrainedModels
 from model_server import create_app
-from model_server.catalog import Catalog
-from model_server.registry import ModelVersion
-from model_server.runners import Runner
 from model_server.settings import Settings
 from registry_server import RegistryServer
 
@@ -40,10 +35,6 @@ def _wait_until_ready(client: TestClient) -> None:
             return
         time.sleep(0.05)
     pytest.fail("never ready")
-
-
-def _process(settings: Settings, name: str, flavor: str, version: int) -> int | None:
-    return Runner(settings, name, flavor, version).process_id()
 
 
 def test_the_start_leads_to_the_docs(empty: TestClient, settings: Settings) -> None:
@@ -191,104 +182,19 @@ def test_a_model_that_cannot_be_loaded_says_why(
     assert empty.get("/loaded_models").json() == []
 
 
-def test_one_life_of_a_model(
-    client: TestClient, settings: Settings, stocked: RegistryServer, trained: TrainedModels
-) -> None:
-    """From the first question to the last: a start takes seconds, so it is one story."""
+def test_a_real_model_answers(client: TestClient, trained: TrainedModels) -> None:
     request = {"data": trained.rows, "model_flavor": "sklearn"}
     name = "iris & co."
-
-    # Loaded on first use, by an alias.
     answer = client.post(f"/{name}/champion", json=request)
     assert answer.json() == {"prediction": trained.predictions["logistic"]}
-    loaded = client.get("/loaded_models").json()
-    process = _process(settings, name, "sklearn", 1)
-    assert process is not None
-    assert loaded[0].pop("memory_bytes") > 10_000_000
-    assert loaded[0].pop("since")
-    assert loaded == [
-        {
-            "model_name": name,
-            "model_flavor": "sklearn",
-            "model_version_or_alias": "champion",
-            "version": 1,
-            "aliases": ["champion"],
-            "state": "ready",
-            "problem": None,
-        }
-    ]
-
-    # The alias moves in the registry: here it still means what was loaded, until it is loaded anew.
-    stocked.aliases[name, "champion"] = 2
-    again = client.post(f"/{name}/champion", json=request | {"predict_function": "predict_proba"})
-    assert again.json() == {"prediction": trained.probabilities["logistic"]}
-    moved = client.get(f"/load_model/{name}/sklearn/champion").json()
-    assert (moved["version"], moved["state"], moved["aliases"]) == (2, "ready", ["champion"])
-    for version, model in ((1, "logistic"), (2, "tree"), ("champion", "tree")):
-        answer = client.post(f"/{name}/{version}", json=request)
-        assert answer.json() == {"prediction": trained.predictions[model]}
-
-    # Loading what runs is no new start, and needs no files.
-    assert client.get(f"/load_model/{name}/sklearn/1").json()["state"] == "ready"
-    assert _process(settings, name, "sklearn", 1) == process
-
+    answer = client.post(f"/{name}/1", json=request | {"predict_function": "predict_proba"})
+    assert answer.json() == {"prediction": trained.probabilities["logistic"]}
     # Bad data harms nobody.
     answer = client.post(f"/{name}/1", json=request | {"data": [[1, 2]]})
     assert answer.status_code == 422
     assert "the model takes 4" in answer.json()["detail"]
-
-    # Killed, it comes back with the next question, even when the registry is away.
-    stocked.versions = {}
-    os.kill(process, signal.SIGKILL)
-    while _process(settings, name, "sklearn", 1) is not None:
-        time.sleep(0.02)
-    answer = client.post(f"/{name}/1", json=request)
+    answer = client.post(f"/{name}/champion", json=request)
     assert answer.json() == {"prediction": trained.predictions["logistic"]}
-    assert _process(settings, name, "sklearn", 1) not in {None, process}
-
-    # Unloaded, it is gone with its process and files; the other one stays.
-    process = _process(settings, name, "sklearn", 1)
-    assert process is not None
-    answer = client.delete(f"/{name}/sklearn/1")
-    assert (answer.status_code, answer.json()["state"]) == (200, "unloaded")
-    assert not Path(f"/proc/{process}/cmdline").exists()
-    assert client.delete(f"/{name}/sklearn/1").status_code == 404
-    assert client.post(f"/{name}/1", json=request).status_code == 404
-    assert client.delete(f"/{name}/sklearn/champion").json()["version"] == 2
-    assert client.get("/loaded_models").json() == []
-    assert list((settings.state_dir / "models").iterdir()) == []
-
-
-def test_what_was_loaded_comes_back_or_says_why_not(
-    settings: Settings, stocked: RegistryServer, trained: TrainedModels
-) -> None:
-    settings.state_dir.mkdir()
-    catalog = Catalog(settings.database)
-    catalog.record(ModelVersion("linear", 1, "0123"), "sklearn", asked_as="1", alias=False)
-    catalog.record(ModelVersion("rose", 1, "4567"), "pyfunc", asked_as="best", alias=True)
-    catalog.close()
-    with TestClient(create_app(settings)) as client:
-        assert client.get("/health/live").status_code == 200
-        assert client.get("/health/ready").status_code == 503
-        _wait_until_ready(client)
-        states = {
-            entry["model_name"]: (entry["state"], entry["problem"])
-            for entry in client.get("/loaded_models").json()
-        }
-        assert states["linear"] == ("ready", None)
-        assert states["rose"][0] == "failed"
-        assert "no model 'rose' version 1" in str(states["rose"][1])
-        answer = client.post("/rose/best", json=ROW)
-        assert answer.status_code == 404
-
-        # A version of the same number that was deleted and made anew replaces the old one.
-        process = _process(settings, "linear", "sklearn", 1)
-        stocked.versions["linear", 1] = trained.folder / "tree"
-        assert client.get("/load_model/linear/sklearn/1").json()["state"] == "ready"
-        assert _process(settings, "linear", "sklearn", 1) != process
-        request = {"data": trained.rows, "model_flavor": "sklearn"}
-        answer = client.post("/linear/1", json=request)
-        assert answer.json() == {"prediction": trained.predictions["tree"]}
 
 
 def test_a_database_that_is_away_keeps_nobody_from_being_live(settings: Settings) -> None:

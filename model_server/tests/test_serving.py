@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hosts import Host, eventually, running
-from light_models import Shelf
+from light_models import Gate, Shelf
 from model_server import catalog as catalogs
 from model_server.settings import Settings
 
@@ -28,28 +28,6 @@ def host(light: Settings, shelf: Shelf) -> Iterator[Host]:
 def database(light: Settings) -> Path:
     assert light.database_url is not None
     return Path(light.database_url.get_secret_value().removeprefix("sqlite:///"))
-
-
-class Gate:
-    """Keeps a model from being loaded until it is opened."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        os.mkfifo(path)
-        self.load = f"open({str(path)!r}).read()"
-
-    def wait(self) -> int:
-        """Wait until somebody stands before it."""
-        # Opening it to write succeeds once somebody reads.
-        return os.open(self._path, os.O_WRONLY)
-
-    def open(self) -> None:
-        os.close(self.wait())
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
 
 
 def test_the_first_use_loads_and_an_unload_ends_it(host: Host, shelf: Shelf) -> None:
