@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from light_models import Shelf, write_uv
+from light_models import Gate, Shelf, write_uv
 from model_server.settings import Settings
 from registry_server import RegistryServer
 
@@ -163,3 +163,8 @@ def light(settings: Settings, tmp_path: Path) -> Settings:
             "database_url": f"sqlite:///{tmp_path / 'catalog.sqlite'}",
         }
     )
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")

@@ -1,6 +1,4 @@
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,6 @@ from fastapi.testclient import TestClient
 from conftest import TrainedModels
 from hosts import eventually
 from model_server import create_app
-from model_server.processes import ChildProcesses
-from model_server.runners import Runner
 from model_server.settings import Settings
 from registry_server import RegistryServer
 
@@ -35,11 +31,6 @@ def empty(settings: Settings) -> Iterator[TestClient]:
 
 def _wait_until_ready(client: TestClient) -> None:
     eventually(lambda: client.get("/health/ready").status_code, wanted=200, seconds=30)
-
-
-def _process(settings: Settings, name: str, flavor: str, version: int) -> int | None:
-    processes = ChildProcesses(settings)
-    return processes.process_id(Runner(settings, processes, name, flavor, version).name)
 
 
 def test_the_start_leads_to_the_docs(empty: TestClient, settings: Settings) -> None:
@@ -214,69 +205,19 @@ def test_a_model_that_cannot_be_loaded_says_why(
     assert empty.get("/loaded_models").json() == []
 
 
-def test_one_life_of_a_model(
-    client: TestClient, settings: Settings, stocked: RegistryServer, trained: TrainedModels
-) -> None:
-    """From the first question to the last: a start takes seconds, so it is one story."""
+def test_a_real_model_answers(client: TestClient, trained: TrainedModels) -> None:
     request = {"data": trained.rows, "model_flavor": "sklearn"}
     name = "iris & co."
-
-    # Loaded on first use, by an alias.
     answer = client.post(f"/{name}/champion", json=request)
     assert answer.json() == {"prediction": trained.predictions["logistic"]}
-    loaded = client.get("/loaded_models").json()
-    process = _process(settings, name, "sklearn", 1)
-    assert process is not None
-    assert loaded[0].pop("memory_bytes") > 10_000_000
-    assert loaded[0].pop("since")
-    assert loaded == [
-        {
-            "model_name": name,
-            "model_flavor": "sklearn",
-            "model_version_or_alias": "champion",
-            "version": 1,
-            "aliases": ["champion"],
-            "state": "ready",
-            "problem": None,
-        }
-    ]
-
-    again = client.post(f"/{name}/champion", json=request | {"predict_function": "predict_proba"})
-    assert again.json() == {"prediction": trained.probabilities["logistic"]}
-
-    # The alias moves in the registry: asked for by name, the new version is there at once.
-    stocked.aliases[name, "champion"] = 2
-    moved = client.get(f"/load_model/{name}/sklearn/champion").json()
-    assert (moved["version"], moved["state"], moved["aliases"]) == (2, "ready", ["champion"])
-    for version, model in ((1, "logistic"), (2, "tree"), ("champion", "tree")):
-        answer = client.post(f"/{name}/{version}", json=request)
-        assert answer.json() == {"prediction": trained.predictions[model]}
-
-    # Loading what runs is no new start, and needs no files.
-    assert client.get(f"/load_model/{name}/sklearn/1").json()["state"] == "ready"
-    assert _process(settings, name, "sklearn", 1) == process
-
+    answer = client.post(f"/{name}/1", json=request | {"predict_function": "predict_proba"})
+    assert answer.json() == {"prediction": trained.probabilities["logistic"]}
     # Bad data harms nobody.
     answer = client.post(f"/{name}/1", json=request | {"data": [[1, 2]]})
     assert answer.status_code == 422
     assert "the model takes 4" in answer.json()["detail"]
-
-    # Killed, it comes back, even when the registry is away.
-    stocked.versions = {}
-    os.kill(process, signal.SIGKILL)
-    eventually(lambda: client.post(f"/{name}/1", json=request).status_code, 200, seconds=60)
-    assert _process(settings, name, "sklearn", 1) not in {None, process}
-
-    # Unloaded, it is gone with its process and files; the other one stays.
-    process = _process(settings, name, "sklearn", 1)
-    assert process is not None
-    answer = client.delete(f"/{name}/sklearn/1")
-    assert (answer.status_code, answer.json()["state"]) == (200, "unloaded")
-    assert not Path(f"/proc/{process}/cmdline").exists()
-    assert client.delete(f"/{name}/sklearn/1").status_code == 404
-    assert client.post(f"/{name}/1", json=request).status_code == 404
-    assert client.delete(f"/{name}/sklearn/champion").json()["version"] == 2
-    assert client.get("/loaded_models").json() == []
+    answer = client.post(f"/{name}/champion", json=request)
+    assert answer.json() == {"prediction": trained.predictions["logistic"]}
 
 
 def test_a_database_that_is_away_keeps_nobody_from_being_live(settings: Settings) -> None:
