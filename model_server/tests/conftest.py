@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
-from light_models import Shelf, write_uv
+from light_models import Gate, Shelf, write_uv
 from model_server.settings import Settings
 from registry_server import RegistryServer
+
+# The machine may be slow, and what failed once belongs into the tests, not into a folder.
+hypothesis.settings.register_profile("here", deadline=None, database=None)
+hypothesis.settings.load_profile("here")
 
 # An environment that is the test run's own, so that real runners start without an index.
 _UV = """#!/bin/sh
@@ -158,3 +163,8 @@ def light(settings: Settings, tmp_path: Path) -> Settings:
             "database_url": f"sqlite:///{tmp_path / 'catalog.sqlite'}",
         }
     )
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")

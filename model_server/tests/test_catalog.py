@@ -17,6 +17,19 @@ from model_server.registry import ModelVersion
 
 ONE = ModelVersion("iris", 1, "digest-1")
 TWO = ModelVersion("iris", 2, "digest-2")
+OLDER_TABLES = """
+CREATE TABLE loaded_models (
+    name VARCHAR, flavor VARCHAR, version INTEGER, digest VARCHAR, asked_as VARCHAR,
+    since DATETIME, problem VARCHAR, PRIMARY KEY (name, flavor, version)
+);
+CREATE TABLE model_aliases (
+    name VARCHAR, flavor VARCHAR, alias VARCHAR, version INTEGER,
+    PRIMARY KEY (name, flavor, alias)
+);
+INSERT INTO loaded_models
+VALUES ('iris', 'pyfunc', 1, 'digest-1', 'champion', '2026-11-01 10:00:00.000000', NULL);
+INSERT INTO model_aliases VALUES ('iris', 'pyfunc', 'champion', 1)
+"""
 CHAMPION = ("iris", "pyfunc", "champion")
 
 
@@ -160,16 +173,7 @@ def test_many_workers_may_begin_and_load_at_once(url: str) -> None:
 def test_a_catalog_of_an_older_version_is_taken_over(url: str) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
-        for statement in (
-            "CREATE TABLE loaded_models (name VARCHAR, flavor VARCHAR, version INTEGER, digest "
-            "VARCHAR, asked_as VARCHAR, since DATETIME, problem VARCHAR, "
-            "PRIMARY KEY (name, flavor, version))",
-            "CREATE TABLE model_aliases (name VARCHAR, flavor VARCHAR, alias VARCHAR, "
-            "version INTEGER, PRIMARY KEY (name, flavor, alias))",
-            "INSERT INTO loaded_models VALUES ('iris', 'pyfunc', 1, 'digest-1', 'champion', "
-            "'2026-11-01 10:00:00.000000', NULL)",
-            "INSERT INTO model_aliases VALUES ('iris', 'pyfunc', 'champion', 1)",
-        ):
+        for statement in OLDER_TABLES.split(";"):
             connection.execute(text(statement))
     engine.dispose()
     catalog = Catalog(url)

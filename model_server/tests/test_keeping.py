@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from hosts import Host, eventually, running, runners_of
+from hosts import Host, eventually, runners_of, running
 from light_models import Shelf
 from model_server.settings import Settings
 

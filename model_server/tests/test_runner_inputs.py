@@ -3,6 +3,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_server.runner.inputs import Column, InputError, model_input
 
@@ -123,3 +125,48 @@ def test_data_that_does_not_fit_is_explained(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         model_input(data, **options)
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.integers(2**62, 2**65)
+            | st.floats()
+            | st.text(max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+            ),
+            max_leaves=6,
+        ),
+        max_size=4,
+    ),
+    st.none()
+    | st.sampled_from(["float32", "int64", "bool", "U3", "datetime64[D]", "S1", "V", "c8"]),
+    st.none()
+    | st.lists(
+        st.builds(
+            Column,
+            st.sampled_from("abc"),
+            st.sampled_from(
+                [None, "double", "float", "integer", "long", "string", "datetime", "binary"]
+            ),
+        ),
+        min_size=1,
+        max_size=3,
+        unique_by=lambda column: column.name,
+    ),
+)
+@pytest.mark.filterwarnings("ignore")  # pandas' and numpy's, about what they are given
+def test_whatever_comes_becomes_an_input_or_is_explained(
+    data: list[Any], dtype: str | None, columns: list[Column] | None
+) -> None:
+    sentence = None
+    try:
+        rows = model_input(data, dtype=dtype, columns=columns)
+    except InputError as error:
+        sentence = str(error)
+    assert len(sentence) < 1000 if sentence is not None else len(rows) == len(data)

@@ -9,8 +9,9 @@ from pathlib import Path
 from gunicorn.app.base import BaseApplication
 
 from model_server import __version__
+from model_server.log import configure_logging
+from model_server.processes import serving
 from model_server.settings import InvalidSettingsError, read_settings
-from model_server.sharing import share_metrics
 
 _STATE_DIR = Path("~/.local/state/model-server")
 _WRONG_USAGE = 2
@@ -19,13 +20,13 @@ _KEEP_ALIVE_SECONDS = 75
 
 
 class _Gunicorn(BaseApplication):  # type: ignore[misc]  # it has no types
-    """Gunicorn with uvicorn's workers, for one address."""
+    """Gunicorn for one address."""
 
     def __init__(self, bind: str, workers: int, drain_seconds: int) -> None:
         self._options = {
             "bind": bind,
             "workers": workers,
-            "worker_class": "uvicorn_worker.UvicornWorker",
+            "worker_class": "model_server.worker.Worker",
             "keepalive": _KEEP_ALIVE_SECONDS,
             "graceful_timeout": drain_seconds,
             "proc_name": "model-server",
@@ -57,11 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InvalidSettingsError as error:
         sys.stderr.write(f"The model server cannot start: {error}\n")
         return _WRONG_USAGE
-    share_metrics(settings.sockets, os.getpid())
-    # What is imported now, after that, lies in memory once for all workers.
+    # What is imported now lies in memory once for all workers.
     import model_server.app  # noqa: F401, PLC0415
-    from model_server.log import configure_logging  # noqa: PLC0415
-    from model_server.processes import serving  # noqa: PLC0415
 
     configure_logging()
     gc.collect()

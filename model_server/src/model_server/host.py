@@ -106,6 +106,11 @@ class ModelHost:
         record = self.record(model, flavor)
         return record is not None and record.started is not None and self._lives(record)
 
+    def is_started(self, model: ModelVersion, flavor: str) -> bool:
+        """Whether it was loaded, as far as anybody knows; its socket is there before it is."""
+        record = self.record(model, flavor)
+        return record is not None and record.started is not None
+
     def record(self, model: ModelVersion, flavor: str) -> RunnerRecord | None:
         """What is known about a runner; None if it was never started here."""
         record = _read(self._path(model, flavor, "json"))
@@ -146,7 +151,10 @@ class ModelHost:
             record = RunnerRecord(model.name, model.version, model.digest, flavor)
         elif record.started is not None and self._lives(record):
             return
+        before, record = record, replace(record, started=None)
         try:
+            # Nobody takes what is being started for what ran before.
+            self._write(record)
             self._make_room(record, others_may_go=asked)
             environment = self._start(model, flavor, deadline)
             self.touch(model, flavor)
@@ -163,7 +171,7 @@ class ModelHost:
             self._make_room(record, others_may_go=asked)
         except (ModelServerError, OSError) as error:
             self.runner(model, flavor).stop()
-            record = _failed(record, str(error))
+            record = _failed(replace(record, started=before.started), str(error))
             if isinstance(error, MemoryBudgetError):
                 # It would not fit any better in a minute; whoever asks for it tries again.
                 record = replace(record, failures=0, resting=True)
@@ -212,7 +220,9 @@ class ModelHost:
     def forget_starts(self) -> None:
         """Begin anew: what ran under a service that has ended does not count as crashed."""
         for record in self.records():
-            self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
+            # While workers are replaced, there may be none for a moment; the runners go on.
+            if not self.runner(record.model, record.flavor).is_running():
+                self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
 
     def unload_idle(self, seconds: float) -> None:
         """Rest what nobody has used for so long."""

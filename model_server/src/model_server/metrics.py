@@ -6,52 +6,98 @@ nothing that a caller can invent.
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from typing import TYPE_CHECKING
 
 from model_server.schemas import LoadedModel
 
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX = "metrics-"
 _MODEL = ("model", "version", "flavor")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
-_REGISTRY = CollectorRegistry()
-_REQUESTS = Counter(
-    "model_server_requests", "Answered requests.", ("route", "status"), registry=_REGISTRY
-)
-_PREDICTION_SECONDS = Histogram(
-    "model_server_prediction_seconds",
-    "From a prediction request to its answer, of those that were answered with 200.",
-    _MODEL,
-    buckets=_SECONDS,
-    registry=_REGISTRY,
-)
-_ROWS = Counter("model_server_rows", "Predicted rows.", _MODEL, registry=_REGISTRY)
-_LOADS = Counter(
-    "model_server_loads", "Loads asked for, by how they ended.", ("outcome",), registry=_REGISTRY
-)
-_CRASHES = Counter(
-    "model_server_runner_crashes",
-    "Model processes that ended by themselves, to be started again.",
-    registry=_REGISTRY,
-)
-_WORKERS = Gauge(
-    "model_server_workers",
-    "HTTP workers.",
-    multiprocess_mode="livesum",
-    registry=_REGISTRY,
-)
+
+@dataclass(frozen=True)
+class _Counters:
+    registry: "CollectorRegistry"
+    requests: "Counter"
+    prediction_seconds: "Histogram"
+    rows: "Counter"
+    loads: "Counter"
+    crashes: "Counter"
+    workers: "Gauge"
+
+
+@cache
+def _counters() -> _Counters:
+    # Imported not before the first worker counts: it decides then whether it counts in files.
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # noqa: PLC0415
+
+    registry = CollectorRegistry()
+    return _Counters(
+        registry,
+        Counter(
+            "model_server_requests", "Answered requests.", ("route", "status"), registry=registry
+        ),
+        Histogram(
+            "model_server_prediction_seconds",
+            "From a prediction request to its answer, of those that were answered with 200.",
+            _MODEL,
+            buckets=_SECONDS,
+            registry=registry,
+        ),
+        Counter("model_server_rows", "Predicted rows.", _MODEL, registry=registry),
+        Counter(
+            "model_server_loads",
+            "Loads asked for, by how they ended.",
+            ("outcome",),
+            registry=registry,
+        ),
+        Counter(
+            "model_server_runner_crashes",
+            "Model processes that ended by themselves, to be started again.",
+            registry=registry,
+        ),
+        Gauge(
+            "model_server_workers", "HTTP workers.", multiprocess_mode="livesum", registry=registry
+        ),
+    )
+
+
+def share_metrics(runtime_dir: Path) -> None:
+    """Let this worker count for the whole service: that is, for all children of its parent.
+
+    To be asked before anything is counted. What an earlier service has counted is removed.
+    """
+    parent = os.getppid()
+    directory = runtime_dir / f"{_PREFIX}{parent}-{_start_time(parent)}"
+    directory.mkdir(parents=True, exist_ok=True)
+    for other in runtime_dir.glob(f"{_PREFIX}*"):
+        process, _, started = other.name.removeprefix(_PREFIX).partition("-")
+        if _start_time(int(process)) != started:
+            shutil.rmtree(other, ignore_errors=True)
+    os.environ[_DIRECTORY] = str(directory)
+
+
+def _start_time(process: int) -> str | None:
+    """When a process started, in ticks since boot; with its id it names no other one."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
 
 
 def count_worker() -> None:
     """This process is an HTTP worker from now on."""
-    _WORKERS.set(1)
+    _counters().workers.set(1)
 
 
 def count_request(route: str, status: int) -> None:
@@ -72,29 +118,30 @@ def counted_load() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _LOADS.labels("failed").inc()
+        _counters().loads.labels("failed").inc()
         raise
-    _LOADS.labels("loaded").inc()
+    _counters().loads.labels("loaded").inc()
 
 
 def count_crash() -> None:
     """A model's process has ended by itself."""
-    _CRASHES.inc()
+    _counters().crashes.inc()
 
 
 def exposition(loaded: Sequence[LoadedModel] | None) -> bytes:
     """The text format; `loaded` is None where nobody can tell now what is loaded."""
+    from prometheus_client import generate_latest  # noqa: PLC0415
+
     return generate_latest(_Exposition(loaded))
 
 
-class _Exposition(CollectorRegistry):
+class _Exposition:
     """What the workers counted, of the models that are loaded now, and those models."""
 
     def __init__(self, loaded: Sequence[LoadedModel] | None) -> None:
-        super().__init__()
         self._loaded = loaded
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator["Metric"]:
         known = None
         if self._loaded is not None:
             known = {(model.model_name, str(model.version)) for model in self._loaded}
@@ -112,10 +159,16 @@ class _Exposition(CollectorRegistry):
             yield from _models(self._loaded)
 
 
-def _counted() -> CollectorRegistry:
+def _counted() -> "CollectorRegistry":
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415
+    from prometheus_client.multiprocess import (  # noqa: PLC0415
+        MultiProcessCollector,
+        mark_process_dead,
+    )
+
     directory = os.environ.get(_DIRECTORY)
     if directory is None:
-        return _REGISTRY
+        return _counters().registry
     for file in Path(directory).glob("gauge_live*_*.db"):
         process = int(file.stem.rpartition("_")[2])
         if not Path(f"/proc/{process}").exists():
@@ -125,7 +178,9 @@ def _counted() -> CollectorRegistry:
     return registry
 
 
-def _models(loaded: Sequence[LoadedModel]) -> Iterator[Metric]:
+def _models(loaded: Sequence[LoadedModel]) -> Iterator["Metric"]:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
+
     states = GaugeMetricFamily(
         "model_server_models",
         "Models that are loaded, or shall be.",
@@ -145,11 +200,11 @@ def _models(loaded: Sequence[LoadedModel]) -> Iterator[Metric]:
 
 # Looking up labels costs more than counting.
 @lru_cache(maxsize=1024)
-def _request_counter(route: str, status: int) -> Counter:
-    return _REQUESTS.labels(route, str(status))
+def _request_counter(route: str, status: int) -> "Counter":
+    return _counters().requests.labels(route, str(status))
 
 
 @lru_cache(maxsize=1024)
-def _prediction_metrics(model: str, version: int, flavor: str) -> tuple[Histogram, Counter]:
+def _prediction_metrics(model: str, version: int, flavor: str) -> "tuple[Histogram, Counter]":
     labels = (model, str(version), flavor)
-    return _PREDICTION_SECONDS.labels(*labels), _ROWS.labels(*labels)
+    return _counters().prediction_seconds.labels(*labels), _counters().rows.labels(*labels)

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
-from model_server import __version__
+import model_server
 from model_server.asking import Call, ModelName, VersionOrAlias
 from model_server.bodies import json_body, read_body
 from model_server.errors import InvalidRequestError, ModelNotLoadedError
@@ -62,7 +62,7 @@ async def tell_server() -> ServerMetadata:
     """What this server is."""
     return ServerMetadata(
         name="model-server",
-        version=__version__,
+        version=model_server.__version__,
         extensions=["model_repository", "binary_tensor_data"],
     )
 

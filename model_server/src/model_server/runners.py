@@ -112,6 +112,10 @@ class Runner:
         """End the process, whoever started it; its answers under way are still given."""
         self._processes.stop(self.name, self._settings.stop_timeout_seconds)
 
+    def is_connected(self) -> bool:
+        """Whether this worker speaks to the process already, so that it is a loaded one."""
+        return self._connection is not None and not self._connection.is_closing()
+
     def close(self) -> None:
         """Give up this worker's connection when its last answer has come; the process goes on."""
         if self._connection is not None:

@@ -127,6 +127,10 @@ class ModelServing:
             if entry is None:
                 entry = await self._load_once(name, flavor, version_or_alias)
             handle = self._handle(entry)
+            if not handle.runner.is_connected() and not self._host.is_started(
+                entry.model, entry.flavor
+            ):
+                await self._revive(entry)
             try:
                 rows, answer = await handle.runner.predict(body, kind)
             except RunnerNotRunningError:
@@ -157,10 +161,14 @@ class ModelServing:
         entry = self._find(name, flavor, version_or_alias)
         if entry is None:
             raise _not_loaded(name, flavor, version_or_alias)
+        runner = self._handle(entry).runner
+        not_ready = ModelNotReadyError(f"{_capital(entry)} does not run at this moment.")
+        if not runner.is_connected() and not self._host.is_started(entry.model, entry.flavor):
+            raise not_ready
         try:
-            description = await self._handle(entry).runner.describe()
+            description = await runner.describe()
         except RunnerNotRunningError:
-            raise ModelNotReadyError(f"{_capital(entry)} does not run at this moment.") from None
+            raise not_ready from None
         return await asyncio.to_thread(self._seen, entry), description
 
     def versions(self, name: str, flavor: ModelFlavor) -> list[int]:
