@@ -74,7 +74,7 @@ def problem(
     """An answer that says what was wrong."""
     headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
     # By the route, as a model may be called v2 too.
-    path = getattr(request.scope.get("route"), "path", request.scope["path"])
+    path: str = getattr(request.scope.get("route"), "path", request.scope["path"])
     return JSONResponse({_field(path): detail}, status, headers)
 
 
