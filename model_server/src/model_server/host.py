@@ -220,7 +220,9 @@ class ModelHost:
     def forget_starts(self) -> None:
         """Begin anew: what ran under a service that has ended does not count as crashed."""
         for record in self.records():
-            self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
+            # While workers are replaced, there may be none for a moment; the runners go on.
+            if not self.runner(record.model, record.flavor).is_running():
+                self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
 
     def unload_idle(self, seconds: float) -> None:
         """Rest what nobody has used for so long."""
