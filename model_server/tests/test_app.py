@@ -1,5 +1,4 @@
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from conftest import TrainedModels
+from hosts import eventually
 from model_server import create_app
 from model_server.settings import Settings
 from registry_server import RegistryServer
@@ -30,17 +30,20 @@ def empty(settings: Settings) -> Iterator[TestClient]:
 
 
 def _wait_until_ready(client: TestClient) -> None:
-    for _ in range(600):
-        if client.get("/health/ready").status_code == 200:
-            return
-        time.sleep(0.05)
-    pytest.fail("never ready")
+    eventually(lambda: client.get("/health/ready").status_code, wanted=200, seconds=30)
 
 
 def test_the_start_leads_to_the_docs(empty: TestClient, settings: Settings) -> None:
     answer = empty.get("/")
     assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
-    assert "openapi.json" in empty.get("/docs").text
+    page = empty.get("/docs").text
+    assert "openapi.json" in page
+    # Nothing of it comes from the internet.
+    assert "://" not in page
+    for asset in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
+        assert f"/docs/{asset}" in page
+        assert len(empty.get(f"/docs/{asset}").content) > 100
+    assert empty.get("/docs/core.py").status_code == 422
     behind = settings.model_copy(update={"root_path": "/inference"})
     with TestClient(create_app(behind), follow_redirects=False) as client:
         assert client.get("/").headers["location"] == "/inference/docs"
@@ -52,14 +55,27 @@ def test_the_start_leads_to_the_docs(empty: TestClient, settings: Settings) -> N
 
 def test_the_contract_is_described(empty: TestClient) -> None:
     paths = empty.get("/openapi.json").json()["paths"]
-    assert {(path, method) for path, methods in paths.items() for method in methods} == {
+    native = {
+        (path, method)
+        for path, methods in paths.items()
+        for method in methods
+        if not path.startswith("/v2")
+    }
+    assert native == {
         ("/health/live", "get"),
         ("/health/ready", "get"),
+        ("/metrics", "get"),
         ("/loaded_models", "get"),
         ("/load_model/{model_name}/{model_flavor}/{model_version_or_alias}", "get"),
         ("/{model_name}/{model_flavor}/{model_version_or_alias}", "delete"),
         ("/{model_name}/{model_version_or_alias}", "post"),
     }
+    for path, methods in paths.items():
+        field = "error" if path.startswith("/v2") else "detail"
+        for operation in methods.values():
+            for status, answer in operation["responses"].items():
+                content = answer.get("content", {}).get("application/json", {})
+                assert status < "400" or content["example"][field], (path, status)
     body = paths["/{model_name}/{model_version_or_alias}"]["post"]["requestBody"]
     assert set(body["content"]["application/json"]["schema"]["properties"]) == {
         "data",
@@ -93,7 +109,14 @@ def test_an_empty_server_is_live_and_ready(empty: TestClient) -> None:
         ("DELETE", "/..%5c../pyfunc/1", 404, "is not loaded"),
         ("POST", "/rose/1", 404, "no model 'rose' with a version 1"),
         ("POST", "/rose/" + 30 * "9", 404, "no model 'rose' with an alias '999"),
+        # No name of a route is kept from models.
         ("POST", "/health/live", 404, "no model 'health' with an alias 'live'"),
+        ("POST", "/v2/1", 404, "no model 'v2' with a version 1"),
+        ("GET", "/load_model/docs/pyfunc/1", 404, "no model 'docs' with a version 1"),
+        ("DELETE", "/v2/pyfunc/1", 404, "'v2' is not loaded as pyfunc by '1'"),
+        ("GET", "/iris", 404, "there is no GET of this address; see /docs"),
+        ("GET", "/iris/1", 405, "there is no GET of this address; see /docs"),
+        ("DELETE", "/../../etc", 404, "there is no DELETE of this address"),
     ],
 )
 def test_what_is_not_there_is_told_in_a_sentence(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from model_server import metrics
 from model_server.environments import Environments
 from model_server.errors import (
     DeadlineExceededError,
@@ -204,6 +205,7 @@ class ModelHost:
             reason = self._reason(model, flavor)
             record = _failed(record, f"The process of {model} as {flavor} ended ({reason}).")
             self._write(record)
+        metrics.count_crash()
         _LOG.warning(
             "runner crashed",
             extra={

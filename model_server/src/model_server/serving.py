@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from model_server import metrics
 from model_server.catalog import Catalog, CatalogEntry
 from model_server.environments import Environments
 from model_server.errors import (
@@ -170,6 +171,12 @@ class ModelServing:
             raise not_ready from None
         return await asyncio.to_thread(self._seen, entry), description
 
+    def versions(self, name: str, flavor: ModelFlavor) -> list[int]:
+        """The versions of a model that are, or shall be, loaded; asks nobody."""
+        known = self._known.current()
+        entries = known.entries if known else {}
+        return sorted(version for its, kind, version in entries if (its, kind) == (name, flavor))
+
     def _find(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry | None:
         known = self._known.current()
         if known is None:
@@ -236,6 +243,10 @@ class ModelServing:
             future.exception()
 
     def _load(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
+        with metrics.counted_load():
+            return self._load_uncounted(name, flavor, version_or_alias)
+
+    def _load_uncounted(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
         deadline = time.monotonic() + self._settings.load_timeout_seconds
         model = self._registry.resolve(name, version_or_alias)
         # Before the long way: without the catalog, it would be for nothing.

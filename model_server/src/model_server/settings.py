@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """What shall be loaded: an SQLAlchemy URL; `<state_dir>/catalog.sqlite` when not set."""
     root_path: str = ""
     """The prefix that the door strips, such as `/inference`."""
+    user_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]*$")] = ""
+    """The header in which the door tells the user for the log; only where nobody else can call."""
 
     uv: str = "uv"
     """The program that builds environments."""
