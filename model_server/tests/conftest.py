@@ -131,17 +131,22 @@ def uv_log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, registry_server: RegistryServer, uv_log: Path) -> Settings:
-    uv = tmp_path / "uv"
-    uv.write_text(_UV.format(log=uv_log, python=sys.executable))
+def settings(tmp_path: Path, registry_server: RegistryServer) -> Settings:
+    return make_settings(tmp_path, registry_server.url)
+
+
+def make_settings(folder: Path, tracking_uri: str) -> Settings:
+    """Settings of a server that keeps everything in this folder."""
+    uv, log = folder / "uv", folder / "uv.log"
+    uv.write_text(_UV.format(log=log, python=sys.executable))
     uv.chmod(0o755)
-    uv_log.touch()
+    log.touch()
     return Settings(
-        state_dir=tmp_path / "state",
+        state_dir=folder / "state",
         # pytest's own folders can be too long for a socket.
-        runtime_dir=tmp_path / "r",
+        runtime_dir=folder / "r",
         uv=str(uv),
-        tracking_uri=registry_server.url,
+        tracking_uri=tracking_uri,
         load_timeout_seconds=60,
         predict_timeout_seconds=20,
         stop_timeout_seconds=2,

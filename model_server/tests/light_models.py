@@ -1,6 +1,6 @@
 """Models of one short file, in environments that are there in no time.
 
-Their runners are real ones; only the MLflow in their environment is a few lines of `light/`.
+Their runners are real ones; only the MLflow in their environment is a few lines, `light_mlflow/`.
 """
 
 import os
@@ -18,7 +18,7 @@ case "$2" in
     mkdir -p bin "{site}"
     ln -s "{python}" bin/python
     echo "home = {home}" > pyvenv.cfg
-    cp -r "{light}/mlflow" "{site}"
+    cp -r "{light}" "{site}/mlflow"
     # The flavor sklearn makes arrays of rows.
     ln -s "{packages}"/numpy "{packages}"/numpy.libs "{site}" ;;
   pip)
@@ -56,7 +56,7 @@ def write_uv(folder: Path) -> Path:
             packages=sysconfig.get_path("platlib"),
             python=base,
             home=base.parent,
-            light=Path(__file__).parent / "light",
+            light=Path(__file__).parent / "light_mlflow",
         )
     )
     uv.chmod(0o755)

@@ -20,7 +20,7 @@ TWO = ModelVersion("iris", 2, "digest-2")
 OLDER_TABLES = """
 CREATE TABLE loaded_models (
     name VARCHAR, flavor VARCHAR, version INTEGER, digest VARCHAR, asked_as VARCHAR,
-    since DATETIME, problem VARCHAR, PRIMARY KEY (name, flavor, version)
+    since TIMESTAMP, problem VARCHAR, PRIMARY KEY (name, flavor, version)
 );
 CREATE TABLE model_aliases (
     name VARCHAR, flavor VARCHAR, alias VARCHAR, version INTEGER,

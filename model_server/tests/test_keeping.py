@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -39,6 +40,10 @@ def _another(light: Settings, tmp_path: Path) -> Settings:
             "runtime_dir": tmp_path / "r2",
         }
     )
+
+
+def _count(host: Host) -> int:
+    return len(host.runners())
 
 
 def _kill(host: Host) -> int:
@@ -97,8 +102,8 @@ def test_an_alias_moves_on_both_hosts_without_a_failed_request(
         assert host.answer("rose", "champion") == "one"
     moved = Event()
 
-    def ask(host: Host) -> list[object]:
-        answers = []
+    def ask(host: Host) -> list[str]:
+        answers: list[str] = []
         while not moved.is_set():
             answers.append(host.answer("rose", "champion"))
         return answers
@@ -109,12 +114,12 @@ def test_an_alias_moves_on_both_hosts_without_a_failed_request(
         began = time.monotonic()
         try:
             for host in hosts:
-                eventually(lambda host=host: host.answer("rose", "champion"), wanted="two")
+                eventually(partial(host.answer, "rose", "champion"), wanted="two")
             took = time.monotonic() - began
             # Until the old version has gone, too.
             for host in hosts:
                 eventually(host.states, wanted={("rose", 2): "ready"})
-                eventually(lambda host=host: len(host.runners()), wanted=1)
+                eventually(partial(_count, host), wanted=1)
         finally:
             moved.set()
     assert took < 10
@@ -268,7 +273,7 @@ def test_an_alias_means_the_same_with_both_flavors(host: Host, shelf: Shelf) -> 
         assert host.answer("rose", "champion", flavor) == "one"
     shelf.point("rose", "champion", 2)
     for flavor in ("pyfunc", "sklearn"):
-        eventually(lambda flavor=flavor: host.answer("rose", "champion", flavor), wanted="two")
+        eventually(partial(host.answer, "rose", "champion", flavor), wanted="two")
     assert host.unload("rose", "champion", "sklearn").json()["version"] == 2
     assert [entry["model_flavor"] for entry in host.listing()] == ["pyfunc"]
     assert host.answer("rose", "champion") == "two"

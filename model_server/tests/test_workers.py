@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -137,7 +138,7 @@ def test_two_workers_share_runners_and_one_truth(service: Service, light: Settin
     assert answers.count(other) == 20
     assert set(answers) <= {503, "one", "two"}
     for version, answer in ((1, "one"), (2, "two")):
-        eventually(lambda path=f"/rose/{version}": service.answer(path), wanted=answer)
+        eventually(partial(service.answer, f"/rose/{version}"), wanted=answer)
     assert len(runners_of(light)) == 2
     assert victim not in runners_of(light)
 

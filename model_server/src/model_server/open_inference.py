@@ -112,7 +112,7 @@ async def describe_version(
     call.asked.version = loaded.version
     return ModelMetadata(
         name=loaded.model_name,
-        versions=[str(loaded.version)],
+        versions=[str(version) for version in call.serving.versions(model_name, model_flavor)],
         platform=f"mlflow_{loaded.model_flavor}",
         inputs=described["inputs"] or [],
         outputs=described["outputs"] or [],

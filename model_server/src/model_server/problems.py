@@ -73,12 +73,13 @@ def problem(
 ) -> JSONResponse:
     """An answer that says what was wrong."""
     headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
-    return JSONResponse({_field(request): detail}, status, headers)
+    # By the route, as a model may be called v2 too.
+    route: Any = request.scope.get("route")
+    path: str = route.path if route is not None else request.scope["path"]
+    return JSONResponse({_field(path): detail}, status, headers)
 
 
-def _field(request: Request) -> str:
-    """V2 calls it error. By the route, as a model may be called v2 too."""
-    path: str = getattr(request.scope.get("route"), "path", request.scope["path"])
+def _field(path: str) -> str:
     return "error" if path == _V2 or path.startswith(f"{_V2}/") else "detail"
 
 
@@ -97,7 +98,7 @@ async def _tell_unknown(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
     detail = f"{error.detail}: there is no {request.method} of this address; see /docs."
-    return problem(request, detail, error.status_code, dict(error.headers or {}))
+    return JSONResponse({_field(request.scope["path"]): detail}, error.status_code, error.headers)
 
 
 async def _tell_full_disk(request: Request, error: Exception) -> JSONResponse:

@@ -12,6 +12,8 @@ CONSTRAINTS = "constraints.txt"
 _CONTINUED = re.compile(r"\\\r?\n")
 _COMMENT = re.compile(r"(^|\s)#.*$")
 _HASHES = re.compile(r"(\s+--hash=sha(?:256|384|512):[0-9a-f]+)+$")
+# Like a name to the standard, a file to installers.
+_ARCHIVE = re.compile(r"\.(whl|zip|egg|tgz|tbz2?|txz|tlz|tar(\.\w+)?)$", re.IGNORECASE)
 
 
 def read_requirements(file: Path, *, optional: bool = False) -> list[str]:
@@ -55,7 +57,7 @@ def _checked(line: str, file: str) -> str:
         requirement = Requirement(line[: hashes.start()] if hashes else line)
     except InvalidRequirement:
         requirement = None
-    if requirement is None or requirement.url:
+    if requirement is None or requirement.url or _ARCHIVE.search(requirement.name):
         raise ModelNotLoadableError(
             f"The model's {file} has the line {line!r}; only package names with versions "
             "are allowed, no files, addresses or options."

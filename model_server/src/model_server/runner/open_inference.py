@@ -183,13 +183,14 @@ def _shape(shape: Any, told: str) -> list[int]:
 def _flat(data: Any, shape: list[int], told: str) -> list[Any]:
     if not isinstance(data, list):
         raise InputError(f"Input {told}: data must be a list, not {json_type(data)}.")
-    if not data or not isinstance(data[0], list):
-        return data
+    values: list[Any] = data
+    if not values or not isinstance(values[0], list):
+        return values
     for size in shape[1:]:
-        if not all(isinstance(item, list) and len(item) == size for item in data):
+        if not all(isinstance(item, list) and len(item) == size for item in values):
             raise InputError(f"Input {told}: the nested data has not the shape {shape}.")
-        data = list(chain.from_iterable(data))
-    return data
+        values = list(chain.from_iterable(values))
+    return values
 
 
 def _refuse_misfits(values: list[Any], datatype: str, told: str) -> None:
@@ -294,7 +295,9 @@ def _wanted(request: dict[str, Any], parameters: dict[str, Any]) -> tuple[str, l
         outputs = []
     if not isinstance(outputs, list):
         raise InputError(f"outputs must be a list, not {json_type(outputs)}.")
-    names = [output.get("name") if isinstance(output, dict) else None for output in outputs]
+    names: list[Any] = [
+        output.get("name") if isinstance(output, dict) else None for output in outputs
+    ]
     if not all(isinstance(name, str) for name in names):
         raise InputError("Every output needs a name.")
     functions = {name for name in names if name in FUNCTIONS}

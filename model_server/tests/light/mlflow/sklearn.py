@@ -1,3 +1,0 @@
-from mlflow.pyfunc import load_model
-
-__all__ = ["load_model"]
