@@ -106,6 +106,10 @@ class Both:
         return answers[0], answers[1], len(self._passed.paths) == before
 
 
+def _is_short(entry: Any) -> bool:
+    return entry.cls is FastPath
+
+
 def _passes(app: FastAPI) -> Passed:
     """Put an observer behind the short way."""
     found: list[Passed] = []
@@ -116,7 +120,7 @@ def _passes(app: FastAPI) -> Passed:
             found.append(self)
 
     # Before it in the list is around it.
-    place = next(n for n, entry in enumerate(app.user_middleware) if entry.cls is FastPath)
+    place = next(n for n, entry in enumerate(app.user_middleware) if _is_short(entry))
     app.add_middleware(Observer)
     app.user_middleware.insert(place + 1, app.user_middleware.pop(0))
     app.middleware_stack = app.build_middleware_stack()
@@ -129,7 +133,7 @@ def both(settings: Settings, stocked: RegistryServer, trained: TrainedModels) ->
     settings = settings.model_copy(update={"max_body_bytes": LIMIT})
     fast, slow = create_app(settings), create_app(settings)
     passed = _passes(fast)
-    slow.user_middleware = [entry for entry in slow.user_middleware if entry.cls is not FastPath]
+    slow.user_middleware = [entry for entry in slow.user_middleware if not _is_short(entry)]
     with TestClient(fast) as fast_client, TestClient(slow) as slow_client:
         yield Both(fast_client, passed, slow_client)
 

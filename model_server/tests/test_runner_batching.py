@@ -169,7 +169,6 @@ def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(
 ) -> None:
     model = Custom(answer)
     batcher = Batcher(model)
-    assert batcher.batching
     questions = [_question([[float(n)]]) for n in range(12)]
     alone = [_told(_ask(Batcher(Custom(answer)), [question])[0]) for question in questions]
     assert list(map(_told, _ask(batcher, questions))) == alone
@@ -182,10 +181,10 @@ def test_a_model_that_does_not_answer_row_by_row_is_asked_one_by_one(
 
 
 def test_a_model_that_stops_answering_row_by_row_is_noticed() -> None:
-    answers_rows = True
-    model = Custom(lambda rows: rows if answers_rows else rows.sum())
+    answers: list[Callable[[Any], Any]] = [lambda rows: rows]
+    model = Custom(lambda rows: answers[-1](rows))
     batcher = _proven(model)
-    answers_rows = False
+    answers.append(lambda rows: rows.sum())
     questions = [_question([[n]]) for n in range(3)]
     assert list(map(_told, _ask(batcher, questions))) == [0, 1, 2]
     assert not batcher.batching

@@ -43,7 +43,7 @@ def _start(runner: Runner, files: Path, seconds: float = 60) -> int:
 
 
 def _process(runner: Runner) -> int:
-    process = runner._processes.process_id(runner.name)
+    process = ChildProcesses(runner._settings).process_id(runner.name)
     assert process is not None
     return process
 
@@ -88,7 +88,7 @@ def test_one_life_of_a_fragile_model(
     # Another worker, which knows the name only, finds the same process.
     other = _runner(settings, "../../etc/passwd", "pyfunc")
     assert _process(other) == first
-    assert 10 * 2**20 < other.memory() < 1 * 2**30
+    assert 10 * 2**20 < (other.memory() or 0) < 2**30
     assert re.fullmatch(r"[a-z0-9-]{1,22}", runner.name)
     assert {path.name for path in settings.sockets.iterdir()} == {
         "service.lock",

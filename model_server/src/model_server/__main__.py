@@ -19,7 +19,7 @@ _KEEP_ALIVE_SECONDS = 75
 """Longer than a door keeps its idle connections, so that it is the door that closes them."""
 
 
-class _Gunicorn(BaseApplication):  # type: ignore[misc]  # it has no types
+class _Gunicorn(BaseApplication):
     """Gunicorn for one address."""
 
     def __init__(self, bind: str, workers: int, drain_seconds: int) -> None:

@@ -21,6 +21,7 @@ _ROUTE = "/{model_name}/{model_version_or_alias}"
 _SEGMENTS = 3
 _SEGMENT = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
 _JSON = b"application/json"
+_LIST = ord("[")
 _CHANGES_THE_BODY = b"content-encoding"
 
 
@@ -106,7 +107,7 @@ class FastPath:
             wanted = _DECODER.decode(body)
         except (msgspec.DecodeError, RecursionError):
             return None
-        return wanted if memoryview(wanted.data)[:1] == b"[" else None
+        return wanted if memoryview(wanted.data)[0] == _LIST else None
 
 
 def _is_utf8(body: bytes) -> bool:

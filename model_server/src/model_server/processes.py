@@ -121,12 +121,12 @@ class ChildProcesses(Processes):
             process = subprocess.Popen(
                 [
                     *("/bin/sh", "-c", _HAND_OVER),
-                    *(spec.python, "-I", "-u", _PROGRAM),
-                    *(spec.files, spec.flavor, self._service),
+                    *(str(spec.python), "-I", "-u", str(_PROGRAM)),
+                    *(str(spec.files), spec.flavor, str(self._service)),
                 ],
                 cwd=scratch,
                 env=self._environment(scratch),
-                stdin=listener,
+                stdin=listener.fileno(),
                 # Loaded, it writes its errors where its output goes.
                 stdout=_STDERR,
                 stderr=lines,
