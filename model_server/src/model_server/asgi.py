@@ -1,4 +1,4 @@
-"""The application for an ASGI server: `gunicorn -k uvicorn_worker.UvicornWorker ...`."""
+"""The application for an ASGI server: `gunicorn -k model_server.worker.Worker ...`."""
 
 import sys
 
