@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+from light_models import Gate, Shelf, write_uv
 from model_server.settings import Settings
 from registry_server import RegistryServer
+
+# The machine may be slow, and what failed once belongs into the tests, not into a folder.
+hypothesis.settings.register_profile("here", deadline=None, database=None)
+hypothesis.settings.load_profile("here")
 
 # An environment that is the test run's own, so that real runners start without an index.
 _UV = """#!/bin/sh
@@ -125,18 +131,45 @@ def uv_log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, registry_server: RegistryServer, uv_log: Path) -> Settings:
-    uv = tmp_path / "uv"
-    uv.write_text(_UV.format(log=uv_log, python=sys.executable))
+def settings(tmp_path: Path, registry_server: RegistryServer) -> Settings:
+    return make_settings(tmp_path, registry_server.url)
+
+
+def make_settings(folder: Path, tracking_uri: str) -> Settings:
+    """Settings of a server that keeps everything in this folder."""
+    uv, log = folder / "uv", folder / "uv.log"
+    uv.write_text(_UV.format(log=log, python=sys.executable))
     uv.chmod(0o755)
-    uv_log.touch()
+    log.touch()
     return Settings(
-        state_dir=tmp_path / "state",
+        state_dir=folder / "state",
         # pytest's own folders can be too long for a socket.
-        runtime_dir=tmp_path / "r",
+        runtime_dir=folder / "r",
         uv=str(uv),
-        tracking_uri=registry_server.url,
+        tracking_uri=tracking_uri,
         load_timeout_seconds=60,
         predict_timeout_seconds=20,
         stop_timeout_seconds=2,
     )
+
+
+@pytest.fixture
+def shelf(registry_server: RegistryServer, tmp_path: Path) -> Shelf:
+    return Shelf(registry_server, tmp_path / "shelf")
+
+
+@pytest.fixture
+def light(settings: Settings, tmp_path: Path) -> Settings:
+    """Settings for models of one short file; the catalog may be shared by several hosts."""
+    return Settings(
+        **settings.model_dump()
+        | {
+            "uv": str(write_uv(tmp_path)),
+            "database_url": f"sqlite:///{tmp_path / 'catalog.sqlite'}",
+        }
+    )
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")

@@ -10,6 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 
 from model_server.runner.values import NoJsonFormError, to_json
 
@@ -95,6 +98,13 @@ class Tensor:
         (pd.DataFrame(index=[0, 1]), [{}, {}]),
         (scipy.sparse.csr_matrix([[0, 1]]), [[0, 1]]),
         (Tensor(), [1.5]),
+        (np.array([(1, 2.5)], dtype="i4,f8"), [{"f0": 1, "f1": 2.5}]),
+        (np.ma.masked_array([1, 2], mask=[False, True]), [1, None]),
+        (np.array([1, "NaT"], dtype="timedelta64[M]"), ["1 months", None]),
+        (np.longdouble("1e400"), None),
+        (pd.arrays.SparseArray([0, 1]), [0, 1]),
+        (pd.interval_range(0, 1), ["(0, 1]"]),
+        ("half of \ud83d", "half of ?"),
     ],
 )
 def test_values_become_json(value: Any, expected: Any) -> None:
@@ -127,3 +137,39 @@ def test_floats_survive_exactly() -> None:
     values = np.random.default_rng(0).normal(size=1000)
     assert json.loads(to_json(values)) == values.tolist()
     assert np.array(json.loads(to_json(np.float32([0.1]))), dtype=np.float32) == np.float32(0.1)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text()
+        | st.characters(categories=["Cs"])
+        | st.binary()
+        | st.datetimes()
+        | st.dates()
+        | st.timedeltas()
+        | st.decimals()
+        | st.complex_numbers()
+        | arrays(
+            scalar_dtypes() | st.sampled_from([np.dtype("i4,f8"), np.dtype("longdouble")]),
+            array_shapes(min_dims=0, max_dims=3, max_side=3),
+        ).map(lambda array: array[()]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.tuples(inner)
+            | st.dictionaries(st.text() | st.integers() | st.floats() | st.none(), inner)
+            | st.lists(inner, max_size=3).map(lambda items: pd.Series(items, dtype=object))
+        ),
+        max_leaves=5,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_any_value_is_valid_json_or_refused(value: Any) -> None:
+    try:
+        document = to_json(value)
+    except NoJsonFormError:
+        return
+    json.loads(document.decode("utf-8"), parse_constant=pytest.fail)
