@@ -28,7 +28,7 @@ class DrainingServer(Server):
             server.close()
         self.server_state.default_headers.append(_CLOSE)
         end = time.monotonic() + _LAST_CALL_SECONDS
-        while self.server_state.connections and time.monotonic() < end and not self.force_exit:
+        while self.server_state.connections and time.monotonic() < end and not self.force_exit:  # noqa: ASYNC110
             await asyncio.sleep(_PAUSE_SECONDS)
         await super().shutdown(sockets)
 
