@@ -302,6 +302,30 @@ def test_a_version_made_anew_under_an_alias_takes_the_place_of_the_old_one(
     assert len(host.runners()) == 1
 
 
+def test_files_and_environments_that_nobody_used_for_long_are_removed(
+    light: Settings, shelf: Shelf
+) -> None:
+    for name in ("rose", "oak"):
+        shelf.put(name, 1, name, requirements=name)
+    with running(light) as (host,):
+        for name in ("rose", "oak"):
+            assert host.load(name, 1).status_code == 200
+        host.unload("oak", 1)
+    folders = [
+        folder
+        for kind in ("models", "environments")
+        for folder in (light.state_dir / kind).iterdir()
+        if folder.is_dir()
+    ]
+    assert len(folders) == 4
+    for folder in folders:
+        os.utime(folder, (1000, 1000))
+    with running(light) as (host,):
+        eventually(lambda: [folder.exists() for folder in folders].count(True), wanted=2)
+        assert host.answer("rose", 1) == "rose"
+        assert host.answer("oak", 1) == "oak"
+
+
 # Idle models and the memory budget.
 
 

@@ -38,6 +38,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _STABLE_SECONDS = 60.0
 _REASON_SECONDS = 0.2
+_PAUSE_SECONDS = 0.02
 _PYTHON_OF_MODEL = re.compile(r"^\s+python_version:\s*['\"]?(\d+\.\d+)", re.MULTILINE)
 
 
@@ -189,19 +190,27 @@ class ModelHost:
         for kind in ("json", "used"):
             self._path(model, flavor, kind).unlink(missing_ok=True)
 
-    def note_end(self, model: ModelVersion, flavor: str) -> RunnerRecord | None:
+    def note_end(
+        self, model: ModelVersion, flavor: str, patience: float = 0.0
+    ) -> RunnerRecord | None:
         """Note that a process which shall run does not, if so; the record after that.
 
-        Needs no lock: while somebody else changes the runner, nothing is noted.
+        Needs no lock: while somebody else changes the runner, nothing is noted. Whoever saw its
+        socket close has the `patience` (in seconds) to see the process end.
         """
+        deadline = time.monotonic() + patience
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self.changing(model, flavor, 0.0))
+                stack.enter_context(self.changing(model, flavor, deadline))
             except DeadlineExceededError:
                 return self.record(model, flavor)
             record = self.record(model, flavor)
-            if record is None or record.started is None or self._lives(record):
+            if record is None or record.started is None:
                 return record
+            while self._lives(record):
+                if time.monotonic() >= deadline:
+                    return record
+                time.sleep(_PAUSE_SECONDS)
             reason = self._reason(model, flavor)
             record = _failed(record, f"The process of {model} as {flavor} ended ({reason}).")
             self._write(record)
@@ -218,11 +227,10 @@ class ModelHost:
         return record
 
     def forget_starts(self) -> None:
-        """Begin anew: what ran under a service that has ended does not count as crashed."""
+        """Begin anew: what ended with the service that was here before has not crashed."""
         for record in self.records():
-            # While workers are replaced, there may be none for a moment; the runners go on.
-            if not self.runner(record.model, record.flavor).is_running():
-                self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
+            started = record.started if self._lives(record) else None
+            self._write(replace(record, started=started, failures=0, retry_at=0.0, problem=None))
 
     def unload_idle(self, seconds: float) -> None:
         """Rest what nobody has used for so long."""
@@ -249,7 +257,7 @@ class ModelHost:
         return time.time() - self.last_used(record.model, record.flavor) > seconds
 
     def _lives(self, record: RunnerRecord) -> bool:
-        return self.runner(record.model, record.flavor).memory() is not None
+        return self._processes.is_running(self.runner(record.model, record.flavor).name)
 
     def _start(self, model: ModelVersion, flavor: str, deadline: float) -> Path:
         files = self.files(model)
@@ -312,7 +320,7 @@ class ModelHost:
         while (reason := self.runner(model, flavor).ended()) is None:
             if time.monotonic() > patience:
                 return "nobody saw why"
-            time.sleep(_REASON_SECONDS / 10)
+            time.sleep(_PAUSE_SECONDS)
         return reason
 
     def _path(self, model: ModelVersion, flavor: str, kind: str) -> Path:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -42,6 +42,7 @@ _FOLLOW_SECONDS = 2.0
 _IDLE_SECONDS = 1.0
 _TIDY_SECONDS = 3600.0
 _SEEN_SECONDS = 4.0
+_STOP_SECONDS = 1.0
 _STARTS_AT_ONCE = 4
 _FIRST_PAUSE_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 300.0
@@ -95,8 +96,10 @@ class Keeper:
         """Let go; starts under way end with the worker."""
         self._stopping.set()
         self._starts.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
-            thread.join(1.0)
+            # One that waits for something that is away is left to end with the process.
+            thread.join(max(deadline - time.monotonic(), 0))
 
     def is_ready(self) -> bool:
         """Whether everything that shall run here was tried since the service started."""
@@ -198,9 +201,10 @@ class Keeper:
     def _tell_seen(self, revision: int) -> None:
         told, when = self._told
         if told != revision or time.monotonic() - when > _SEEN_SECONDS:
-            self._catalog.tell_seen(self._host_id(), revision)
+            self._catalog.tell_seen(self._host_id, revision)
             self._told = revision, time.monotonic()
 
+    @cached_property
     def _host_id(self) -> str:
         """A name of this host that no other host has, whatever they are called."""
         file = self._settings.state_dir / "host"

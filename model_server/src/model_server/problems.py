@@ -75,7 +75,7 @@ def problem(
     headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
     # By the route, as a model may be called v2 too.
     route: Any = request.scope.get("route")
-    path: str = route.path if route is not None else request.scope["path"]
+    path: str = route.path if route else request.scope["asked"].route or request.scope["path"]
     return JSONResponse({_field(path): detail}, status, headers)
 
 

@@ -80,6 +80,10 @@ class Processes(ABC):
     def memory(self, name: str) -> int | None:
         """The bytes that a runner uses now."""
 
+    def is_running(self, name: str) -> bool:
+        """Whether a runner's process lives; asked every second, so it has to cost little."""
+        return self.memory(name) is not None
+
     def last_lines(self, name: str) -> list[str]:
         """What a runner wrote while it loaded, at most its end, where that is kept."""
         return []
@@ -166,6 +170,10 @@ class ChildProcesses(Processes):
         return next(
             (int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None
         )
+
+    def is_running(self, name: str) -> bool:
+        """Whether the process that was started last lives."""
+        return self.process_id(name) is not None
 
     def last_lines(self, name: str) -> list[str]:
         """What a runner wrote to its standard error while it loaded, at most its end."""

@@ -20,7 +20,7 @@ from model_server.errors import (
     ModelServerError,
     RunnerEndedError,
 )
-from model_server.host import ModelHost, being_a_worker
+from model_server.host import ModelHost, RunnerRecord, being_a_worker
 from model_server.keeping import Keeper
 from model_server.known import KnownCatalog
 from model_server.processes import ChildProcesses, Processes, serving
@@ -35,6 +35,7 @@ _LOG = logging.getLogger(__name__)
 _LOADS_AT_ONCE = 8
 _TOUCH_SECONDS = 1.0
 _HOSTS_SECONDS = 5.0
+_END_SECONDS = 0.3
 _TRIES = 3
 
 
@@ -134,12 +135,14 @@ class ModelServing:
             try:
                 rows, answer = await handle.runner.predict(body, kind)
             except RunnerNotRunningError:
+                await self._note_end(entry)
                 await self._revive(entry)
             except RunnerEndedError:
-                if self._find(name, flavor, version_or_alias) == entry:
-                    await asyncio.to_thread(self._host.note_end, entry.model, entry.flavor)
+                record = await self._note_end(entry)
+                crashed = record is None or not record.resting
+                if crashed and self._find(name, flavor, version_or_alias) == entry:
                     raise
-                # It ended because something else is meant now.
+                # It ended for want of use or of memory, or because something else is meant now.
             else:
                 return Predicted(answer, entry.model.version, rows)
         raise RunnerEndedError(f"Model {name!r} was changed again and again while it was asked.")
@@ -206,6 +209,13 @@ class ModelServing:
         )
         for key in self._handles.keys() - wanted:
             self._handles.pop(key).runner.close()
+
+    async def _note_end(self, entry: CatalogEntry) -> RunnerRecord | None:
+        record: RunnerRecord | None = await self._once(
+            ("end", *map(str, entry.key)),
+            partial(self._host.note_end, entry.model, entry.flavor, _END_SECONDS),
+        )
+        return record
 
     async def _revive(self, entry: CatalogEntry) -> None:
         """Wait a while for what shall run here and does not, unless it has failed."""

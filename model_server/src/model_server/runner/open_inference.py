@@ -409,16 +409,21 @@ def _tensors(schema: Any, unnamed: str) -> list[dict[str, Any]] | None:
         datatype = types.pop() if len(types) == 1 else "FP64"
         return [{"name": unnamed, "datatype": datatype, "shape": [-1, len(specs)]}]
     tensors = []
+    are_outputs = unnamed in FUNCTIONS
     for spec in specs:
-        only_output = len(specs) == 1 and unnamed in FUNCTIONS
+        only_output = len(specs) == 1 and are_outputs
         tensor = schema.is_tensor_spec()
+        shape = [int(size) for size in spec.shape] if tensor else [-1, 1]
+        if are_outputs and len(shape) == 1:
+            # As they are answered.
+            shape.append(1)
         tensors.append(
             {
                 "name": unnamed if only_output or not spec.name else str(spec.name),
                 "datatype": _DATATYPES.get(str(spec.type), "BYTES")
                 if tensor
                 else _column_datatype(spec),
-                "shape": [int(size) for size in spec.shape] if tensor else [-1, 1],
+                "shape": shape,
             }
         )
     return tensors
