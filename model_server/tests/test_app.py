@@ -175,6 +175,15 @@ def test_a_full_disk_is_told_in_a_sentence(settings: Settings) -> None:
             client.get("/read")
 
 
+def test_a_bug_is_told_by_the_id_of_its_log(settings: Settings) -> None:
+    app = create_app(settings)
+    app.add_api_route("/bug", lambda: 1 // 0)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.get("/bug", headers={"X-Request-ID": "r-7"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "r-7")
+    assert answer.json()["detail"].endswith("its log says more by the id r-7.")
+
+
 def test_a_registry_that_is_away_can_be_tried_again(
     empty: TestClient, registry_server: RegistryServer
 ) -> None:

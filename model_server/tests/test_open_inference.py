@@ -163,7 +163,7 @@ def test_a_wrong_request_is_an_error_of_the_client(client: Any, url: str) -> Non
         ("/v2/repository/models/rose/load", b'{"parameters": {"version": "1"}}', {}, 404, "'rose'"),
         ("/v2/repository/models/rose/load", b'{"parameters": {"version": 1}}', {}, 422, "version"),
         ("/v2/repository/models/rose/unload", b"", {}, 404, "No version of model 'rose'"),
-        ("/v2/nothing/here", b"", {}, 404, "there is no POST of this address"),
+        ("/v2/nothing/here", b"", {}, 405, "there is no POST of this address"),
     ],
 )
 def test_a_wrong_request_is_told_in_a_sentence(

@@ -1,6 +1,7 @@
 """The API as its description has it, asked with whatever that allows and with what it does not."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import pytest
@@ -21,7 +22,7 @@ from model_server import create_app
 from registry_server import RegistryServer
 from servers import served
 
-_EXAMPLES = 10
+_EXAMPLES = 5
 """Of each operation, of what the description allows and of what it does not."""
 _CHECKS = [
     not_a_server_error,
@@ -51,16 +52,25 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.Ba
 def test_every_request_gets_what_the_description_says(
     schema: schemathesis.BaseSchema, mode: GenerationMode
 ) -> None:
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) > 15
+    operations = [
+        operation
+        for operation in map(_operation, schema.get_all_operations())
+        # What takes nothing cannot be asked wrongly.
+        if {"parameters", "requestBody"} & operation.definition.raw.keys()
+    ]
+    assert len(operations) > 10
     for operation in operations:
         _ask_often(operation.as_strategy(generation_mode=mode))
 
 
-def _ask_often(cases: SearchStrategy[schemathesis.Case]) -> None:
+def _operation(result: Any) -> Any:
+    return result.ok()
+
+
+def _ask_often(cases: SearchStrategy[schemathesis.Case[Any]]) -> None:
     @settings(max_examples=_EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(cases)
-    def ask(case: schemathesis.Case) -> None:
+    def ask(case: schemathesis.Case[Any]) -> None:
         case.call_and_validate(checks=_CHECKS, timeout=30)
 
     ask()

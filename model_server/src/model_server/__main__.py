@@ -20,13 +20,13 @@ _KEEP_ALIVE_SECONDS = 75
 
 
 class _Gunicorn(BaseApplication):  # type: ignore[misc]  # it has no types
-    """Gunicorn with uvicorn's workers, for one address."""
+    """Gunicorn for one address."""
 
     def __init__(self, bind: str, workers: int, drain_seconds: int) -> None:
         self._options = {
             "bind": bind,
             "workers": workers,
-            "worker_class": "uvicorn_worker.UvicornWorker",
+            "worker_class": "model_server.worker.Worker",
             "keepalive": _KEEP_ALIVE_SECONDS,
             "graceful_timeout": drain_seconds,
             "proc_name": "model-server",
@@ -53,13 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["MODEL_SERVER_STATE_DIR"] = str(Path(state_dir).expanduser().absolute())
     if options.tracking_uri:
         os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
-    configure_logging()
     try:
         settings = read_settings()
     except InvalidSettingsError as error:
         sys.stderr.write(f"The model server cannot start: {error}\n")
         return _WRONG_USAGE
-    # The workers share what has been imported until here.
+    # What is imported now lies in memory once for all workers.
+    import model_server.app  # noqa: F401, PLC0415
+
+    configure_logging()
     gc.collect()
     gc.freeze()
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -172,9 +172,9 @@ def _counted() -> "CollectorRegistry":
     for file in Path(directory).glob("gauge_live*_*.db"):
         process = int(file.stem.rpartition("_")[2])
         if not Path(f"/proc/{process}").exists():
-            mark_process_dead(process, directory)
+            mark_process_dead(process, directory)  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, directory)
+    MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
     return registry
 
 

@@ -74,7 +74,8 @@ def problem(
     """An answer that says what was wrong."""
     headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
     # By the route, as a model may be called v2 too.
-    path = getattr(request.scope.get("route"), "path", request.scope["path"])
+    route: Any = request.scope.get("route")
+    path: str = route.path if route else request.scope["asked"].route or request.scope["path"]
     return JSONResponse({_field(path): detail}, status, headers)
 
 

@@ -196,7 +196,7 @@ def _typed(frame: Any, wanted: Any, columns: list[Column]) -> Any:
     for column in columns:
         if column.type in _CASTS and column.name in frame.columns:
             values = frame[column.name]
-            cast = _cast_column(values, column, column.type)
+            cast = _cast_column(values, column)
             if cast is not values:
                 frame[column.name] = cast
     _refuse_infinite_columns(frame)
@@ -213,9 +213,9 @@ def _refuse_infinite_columns(frame: Any) -> None:
             )
 
 
-def _cast_column(values: Any, column: Column, type_: str) -> Any:
+def _cast_column(values: Any, column: Column) -> Any:
     """Make of JSON's types what the signature names, where nothing is lost by it."""
-    needed, cast = _CASTS[type_]
+    needed, cast = _CASTS[column.type]
     try:
         result = cast(values)
     except (TypeError, ValueError, OverflowError, binascii.Error) as error:

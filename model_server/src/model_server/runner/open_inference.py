@@ -183,13 +183,14 @@ def _shape(shape: Any, told: str) -> list[int]:
 def _flat(data: Any, shape: list[int], told: str) -> list[Any]:
     if not isinstance(data, list):
         raise InputError(f"Input {told}: data must be a list, not {json_type(data)}.")
-    if not data or not isinstance(data[0], list):
-        return data
+    values: list[Any] = data
+    if not values or not isinstance(values[0], list):
+        return values
     for size in shape[1:]:
-        if not all(isinstance(item, list) and len(item) == size for item in data):
+        if not all(isinstance(item, list) and len(item) == size for item in values):
             raise InputError(f"Input {told}: the nested data has not the shape {shape}.")
-        data = list(chain.from_iterable(data))
-    return data
+        values = list(chain.from_iterable(values))
+    return values
 
 
 def _refuse_misfits(values: list[Any], datatype: str, told: str) -> None:
@@ -294,7 +295,9 @@ def _wanted(request: dict[str, Any], parameters: dict[str, Any]) -> tuple[str, l
         outputs = []
     if not isinstance(outputs, list):
         raise InputError(f"outputs must be a list, not {json_type(outputs)}.")
-    names = [output.get("name") if isinstance(output, dict) else None for output in outputs]
+    names: list[Any] = [
+        output.get("name") if isinstance(output, dict) else None for output in outputs
+    ]
     if not all(isinstance(name, str) for name in names):
         raise InputError("Every output needs a name.")
     functions = {name for name in names if name in FUNCTIONS}
@@ -406,16 +409,21 @@ def _tensors(schema: Any, unnamed: str) -> list[dict[str, Any]] | None:
         datatype = types.pop() if len(types) == 1 else "FP64"
         return [{"name": unnamed, "datatype": datatype, "shape": [-1, len(specs)]}]
     tensors = []
+    are_outputs = unnamed in FUNCTIONS
     for spec in specs:
-        only_output = len(specs) == 1 and unnamed in FUNCTIONS
+        only_output = len(specs) == 1 and are_outputs
         tensor = schema.is_tensor_spec()
+        shape = [int(size) for size in spec.shape] if tensor else [-1, 1]
+        if are_outputs and len(shape) == 1:
+            # As they are answered.
+            shape.append(1)
         tensors.append(
             {
                 "name": unnamed if only_output or not spec.name else str(spec.name),
                 "datatype": _DATATYPES.get(str(spec.type), "BYTES")
                 if tensor
                 else _column_datatype(spec),
-                "shape": [int(size) for size in spec.shape] if tensor else [-1, 1],
+                "shape": shape,
             }
         )
     return tensors

@@ -1,0 +1,133 @@
+"""The command `model-server`, as somebody on a laptop runs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+
+import httpx2
+import pytest
+
+from conftest import TrainedModels
+from model_server.settings import Settings
+from registry_server import RegistryServer
+
+COMMAND = (sys.executable, "-m", "model_server")
+NAME = "iris%20&%20co."
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(settings.state_dir.parent),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+        "MODEL_SERVER_RUNTIME_DIR": str(settings.runtime_dir),
+        "MODEL_SERVER_UV": settings.uv,
+    }
+
+
+@contextmanager
+def _running(settings: Settings, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*COMMAND, "--tracking-uri", settings.tracking_uri, "--port", str(port)],
+            env=_environment(settings),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            try:
+                if httpx2.get(f"{url}/health/ready").status_code == 200:
+                    break
+            except httpx2.TransportError:
+                time.sleep(0.05)
+        yield url, process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _workers(process: subprocess.Popen[bytes]) -> set[str]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return {
+        child
+        for child in children
+        if b"model_server" in Path(f"/proc/{child}/cmdline").read_bytes()
+    }
+
+
+def test_one_command_serves_and_a_reload_loses_no_request(
+    settings: Settings, stocked: RegistryServer, trained: TrainedModels, tmp_path: Path
+) -> None:
+    assert stocked.versions
+    log = tmp_path / "log"
+    body = {"data": trained.rows, "model_flavor": "sklearn"}
+    with _running(settings, log) as (url, process):
+        assert httpx2.post(f"{url}/{NAME}/1", json=body, timeout=60).json() == {
+            "prediction": trained.predictions["logistic"]
+        }
+        assert (tmp_path / ".local/state/model-server/catalog.sqlite").exists()
+        (loaded,) = httpx2.get(f"{url}/loaded_models").json()
+        before = _workers(process)
+        assert len(before) == 2
+        stopping = Event()
+
+        def ask() -> list[int]:
+            statuses = []
+            while not stopping.is_set():
+                statuses.append(httpx2.post(f"{url}/{NAME}/1", json=body).status_code)
+            return statuses
+
+        with ThreadPoolExecutor(3) as threads:
+            asking = [threads.submit(ask) for _ in range(3)]
+            process.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 60
+            while len(after := _workers(process)) != 2 or after & before:
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.05)
+            stopping.set()
+            statuses = [status for one in asking for status in one.result()]
+        assert set(statuses) == {200}
+        # The runner has served through it all.
+        (still,) = httpx2.get(f"{url}/loaded_models").json()
+        assert (still["state"], still["since"]) == ("ready", loaded["since"])
+        assert log.read_text().count("runner started") == 1
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tracking-uri", "mlflow"], "MLFLOW_TRACKING_URI must be the http:// or https://"),
+        (["--port", "http"], "argument --port: invalid int value: 'http'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    settings: Settings, arguments: list[str], sentence: str
+) -> None:
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        env=_environment(settings),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
