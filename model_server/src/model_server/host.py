@@ -229,6 +229,7 @@ class ModelHost:
     def forget_starts(self) -> None:
         """Begin anew: what ended with the service that was here before has not crashed."""
         for record in self.records():
+            # While workers are replaced, there may be none for a moment; the runners go on.
             started = record.started if self._lives(record) else None
             self._write(replace(record, started=started, failures=0, retry_at=0.0, problem=None))
 
