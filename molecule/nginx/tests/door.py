@@ -80,7 +80,10 @@ def exchange(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
-    """Tells what it was asked; keeps WebSockets open and sends back what they bring."""
+    """Tells what it was asked; keeps WebSockets open and sends back what they bring.
+
+    Below /busy/<addresses> those addresses are too busy to answer.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -99,7 +102,9 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         left = size
         while left:
             left -= len(self.rfile.read(min(left, 1 << 20)))
+        address = self.connection.getsockname()[0]
         told: dict[str, Any] = {
+            "address": address,
             "path": self.path,
             "headers": {name.lower(): value for name, value in self.headers.items()},
             "received": size,
@@ -109,7 +114,8 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         body = json.dumps(told, separators=(",", ":")).encode()
         if self.path == "/large":
             body = bytes(LARGE)
-        self.send_response(302 if self.path == "/moved" else 200)
+        busy = self.path.startswith("/busy/") and address in self.path
+        self.send_response(503 if busy else 302 if self.path == "/moved" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if self.path == "/moved":
