@@ -304,7 +304,7 @@ def test_another_component_at_a_hosts_address_is_asked_nothing(
 
             def listens() -> bool:
                 """Tell whether the thief stands there."""
-                return thief.socket(f"tcp://{address}:8000").is_listening
+                return bool(thief.socket(f"tcp://{address}:8000").is_listening)
 
             scenario.wait_until(listens)
             began = time.time()
