@@ -176,10 +176,11 @@ class Topology:
                 ("the proof removes what it made", self.host("mlflow")),
             ]
         if self.has("jupyterlab", "mlflow", "model_server"):
+            first = self.groups["model_server"][0]  # any of them answers, so the first is named
             found += [
-                ("the door loads the model", self.host("model_server")),
-                ("predictions equal the model's own", self.host("model_server")),
-                ("the door unloads the model", self.host("model_server")),
+                ("the door loads the model", first),
+                ("predictions equal the model's own", first),
+                ("the door unloads the model", first),
             ]
         if self.has("nginx"):
             paths = sorted({"/", *self.routes})

@@ -27,7 +27,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "model_server": ("mlflow", "postgres", "nginx"),
     "nginx": (),
 }
-SEVERAL_HOSTS = ("dask_worker",)
+SEVERAL_HOSTS = ("dask_worker", "model_server")
 
 USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 #: What bcrypt looks at; nginx knows no longer passwords.
@@ -103,7 +103,7 @@ def contract(inventory: Inventory) -> Problems:
 
 
 def group_sizes(inventory: Inventory) -> Problems:
-    """Only workers come in numbers."""
+    """Only workers and model servers come in numbers."""
     for group in NEEDS:
         members = inventory.members(group)
         if len(members) > 1 and group not in SEVERAL_HOSTS:

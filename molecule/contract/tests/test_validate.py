@@ -455,6 +455,13 @@ def test_asks_for_an_url_only_where_minio_is(tmp_path: Path, site: Site, store: 
     assert answer.returncode == 0, answer.output
 
 
+def test_accepts_several_model_servers(tmp_path: Path, site: Site) -> None:
+    """They share a route of the door and a database."""
+    site["groups"]["model_server"]["hosts"]["edge-2"] = {}
+    answer = Refusal(tmp_path, site)
+    assert answer.returncode == 0, answer.output
+
+
 def test_limit_still_checks_the_whole_inventory(tmp_path: Path, site: Site) -> None:
     """A fault elsewhere is found although one host only is asked for."""
     site["groups"]["minio"]["hosts"]["core-2"] = {}

@@ -1,14 +1,14 @@
 """Both sides of the door: users in front of it, components behind it.
 
 Inputs: two users of whom the first is nginx_jupyterlab_user, and a route to each component on a
-port of 127.0.0.1 where nothing listens; the tests stand there themselves.
+port of loopback addresses where nothing listens; the tests stand there themselves.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,20 +84,30 @@ def opens(ask: Any, users: list[list[str]]) -> Callable[[], bool]:
 
 @pytest.fixture(scope="module")
 def behind(host: Any, inputs: dict[str, Any]) -> Any:
-    """Return a context manager that stands behind the door as the named components."""
-    ports = {route["component"]: route["port"] for route in inputs["nginx_routes"]}
+    """Return a context manager that stands behind the door as components, each with its hosts."""
+    ends = {
+        route["component"]: {name: f"{ip}:{route['port']}" for name, ip in route["hosts"].items()}
+        for route in inputs["nginx_routes"]
+    }
 
     @contextmanager
-    def stand(verb: str, *components: str, unit: str = "odsp-door-test.service") -> Iterator[None]:
-        chosen = [ports[component] for component in components or ports]
-        words = f"python3 {PROGRAM} {verb} {' '.join(map(str, chosen))}"
+    def stand(
+        verb: str, *components: str, hosts: Sequence[str] = (), unit: str = "odsp-door-test.service"
+    ) -> Iterator[None]:
+        chosen = [
+            end
+            for component in components or ends
+            for name, end in ends[component].items()
+            if not hosts or name in hosts
+        ]
+        words = f"python3 {PROGRAM} {verb} {' '.join(chosen)}"
         host.check_output(f"systemd-run --quiet --collect --unit={unit} {words}")
 
         def serves() -> bool:
-            """Tell whether a handshake succeeds on each of its ports."""
+            """Tell whether a handshake succeeds at each of its ends."""
             own = f"-cert {scenario.TLS}/nginx.crt -key {scenario.TLS}/nginx.key"
-            knock = f"timeout 5 openssl s_client {own} -connect 127.0.0.1:$port </dev/null"
-            every = f"for port in {' '.join(map(str, chosen))}; do {knock} || exit; done"
+            knock = f"timeout 5 openssl s_client {own} -connect $end </dev/null"
+            every = f"for end in {' '.join(chosen)}; do {knock} || exit; done"
             return bool(host.run(f"{{ {every}; }} >/dev/null 2>&1").rc == 0)
 
         try:

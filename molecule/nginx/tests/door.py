@@ -2,7 +2,8 @@
 
     door.py ask       requests as JSON on stdin, answers as JSON on stdout
     door.py crowd     the same, all requests at once
-    door.py serve     an upstream on each port that follows; requires a certificate of the platform
+    door.py serve     an upstream on each address and port that follows; requires a certificate of
+                      the platform
     door.py lie       the same with a certificate that the platform's authority never signed
     door.py reload    a WebSocket held open while the unit reloads
     door.py hold      a WebSocket held open until it breaks, told by the exit status
@@ -79,7 +80,10 @@ def exchange(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
-    """Tells what it was asked; keeps WebSockets open and sends back what they bring."""
+    """Tells what it was asked; keeps WebSockets open and sends back what they bring.
+
+    Below /busy/<addresses> those addresses are too busy to answer.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -98,7 +102,9 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         left = size
         while left:
             left -= len(self.rfile.read(min(left, 1 << 20)))
+        address = self.connection.getsockname()[0]
         told: dict[str, Any] = {
+            "address": address,
             "path": self.path,
             "headers": {name.lower(): value for name, value in self.headers.items()},
             "received": size,
@@ -108,7 +114,8 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         body = json.dumps(told, separators=(",", ":")).encode()
         if self.path == "/large":
             body = bytes(LARGE)
-        self.send_response(302 if self.path == "/moved" else 200)
+        busy = self.path.startswith("/busy/") and address in self.path
+        self.send_response(503 if busy else 302 if self.path == "/moved" else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if self.path == "/moved":
@@ -123,13 +130,14 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def serve(ports: list[str], certificate: Path, key: Path) -> None:
-    """Answer on each port to whom shows a certificate of the platform, for ever."""
+def serve(ends: list[str], certificate: Path, key: Path) -> None:
+    """Answer on each address and port to whom shows a certificate of the platform, for ever."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(TLS / "ca.crt"))
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(certificate, key)
-    for port in ports:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Upstream)
+    for end in ends:
+        address, port = end.split(":")
+        server = http.server.ThreadingHTTPServer((address, int(port)), Upstream)
         # The handshake belongs into the connection's thread, or one client stops all others.
         server.socket = context.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
@@ -137,7 +145,7 @@ def serve(ports: list[str], certificate: Path, key: Path) -> None:
         threading.Thread(target=server.serve_forever).start()
 
 
-def lie(ports: list[str]) -> None:
+def lie(ends: list[str]) -> None:
     """Serve with the right name, signed by nobody the platform knows."""
     name = subprocess.check_output(["hostname"], text=True).strip()
     files = [Path("/run/odsp-door-lie.crt"), Path("/run/odsp-door-lie.key")]
@@ -145,7 +153,7 @@ def lie(ports: list[str]) -> None:
     names = f"-subj /CN={name} -addext subjectAltName=DNS:{name}"
     command = f"{make} {names} -out {files[0]} -keyout {files[1]}"
     subprocess.run(command.split(), check=True)
-    serve(ports, *files)
+    serve(ends, *files)
 
 
 def reload(port: int, request: dict[str, Any]) -> list[str]:

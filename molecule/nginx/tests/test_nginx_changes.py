@@ -41,7 +41,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "nginx_routes",
         {
             "nginx_routes": [
-                {"component": "mlflow", "address": "a b", "port": 1, "server_name": "node-1"}
+                {"component": "mlflow", "hosts": {"node-1": "a b"}, "port": 1, "server_name": "a"}
             ]
         },
     ),
@@ -49,7 +49,24 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         "nginx_routes",
         {
             "nginx_routes": [
-                {"component": "mlflow", "address": "::1", "port": 1, "server_name": "node-1"}
+                {"component": "mlflow", "hosts": {"node-1": "::1"}, "port": 1, "server_name": "a"}
+            ]
+        },
+    ),
+    (
+        "nginx_routes",
+        {"nginx_routes": [{"component": "mlflow", "hosts": {}, "port": 1, "server_name": "a"}]},
+    ),
+    (
+        "nginx_routes",
+        {
+            "nginx_routes": [
+                {
+                    "component": "mlflow",
+                    "hosts": {"node-1": "192.0.2.1", "node-2": "192.0.2.2"},
+                    "port": 1,
+                    "server_name": "a",
+                }
             ]
         },
     ),
