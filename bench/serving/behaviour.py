@@ -40,9 +40,9 @@ def one_truth(place: Place, rows: Rows, answers: list[int]) -> dict[str, int]:
     base = f"http://127.0.0.1:{place.port}"
     model = f"{base}/{place.model}/sklearn/1"
     call(f"{base}/load_model/{place.model}/sklearn/1", timeout=LOADED_S)
-    lacking = sum(not _is_listed(base, place.model) for _ in range(ASKED))
+    lacking = sum(_states(base, place.model) != ["ready"] for _ in range(ASKED))
     call(model, method="DELETE", timeout=60)
-    lingering = sum(_is_listed(base, place.model) for _ in range(ASKED))
+    lingering = sum(_states(base, place.model) != [] for _ in range(ASKED))
     question = json.dumps(NATIVE.question(rows[:1])).encode()
     wrong = 0
     for _ in range(ASKED):
@@ -124,11 +124,10 @@ def _seconds_until(url: str, question: bytes, wanted: int) -> float | None:
     return None
 
 
-def _is_listed(base: str, model: str) -> bool:
-    return any(
-        (entry["model_name"], entry["state"]) == (model, "loaded")
-        for entry in call(f"{base}/loaded_models", timeout=30)
-    )
+def _states(base: str, model: str) -> list[str]:
+    """Of every loaded version of a model."""
+    entries = call(f"{base}/loaded_models", timeout=30)
+    return [entry["state"] for entry in entries if entry["model_name"] == model]
 
 
 def _post(url: str, body: bytes) -> tuple[int, Any]:

@@ -58,9 +58,14 @@ def version(programs: Path, package: str) -> str:
     return _run([programs / "python", "-c", code]).strip()
 
 
+def commit() -> str:
+    """Of this checkout."""
+    return _run(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
+
+
 def _run(command: list[str | Path]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
-        raise NotAvailableError(f"Its environment cannot be built: {words}")
+        raise NotAvailableError(f"{Path(command[0]).name} failed: {words}")
     return done.stdout

@@ -61,11 +61,11 @@ class Server:
     def stop(self) -> None:
         """End the whole tree: with SIGTERM, what is left after `STOP_S` with SIGKILL."""
         tree = self._tree()
-        if not self.ended():
-            self._process.terminate()
+        for process in tree:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
         while time.monotonic() < deadline and any(_is_alive(process) for process in tree):
-            self.ended()
             time.sleep(0.05)
         for process in tree | self._tree():
             with suppress(ProcessLookupError):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.serving.load import CASES, Case, Figures
+from bench.serving.load import CASES, FOREIGN_CORES, Case, Figures
 
 LIMIT = "limit"
+OURS = "ODSP"
 #: The peers that issue goals for together; Triton has goals of its own.
 PEERS = ("mlflow", "mlserver", "mlserver-batch", "bentoml", "litserve")
 ENOUGH_REQUESTS = 15_000
@@ -61,7 +62,23 @@ class Benchmark:
     def caption(self) -> str:
         """When and where."""
         machine = ", ".join(self.machine.values())
-        return f"{self.date}; {machine}; {self.rounds} rounds of {self.seconds:g} s, medians"
+        return f"{self.date}; {machine}; medians of {self.rounds} x {self.seconds:g} s"
+
+    def others(self) -> str:
+        """What other jobs took of the machine meanwhile."""
+        cores = [
+            figures.foreign_cores
+            for result in self.results.values()
+            for seen in result.figures.values()
+            for figures in seen
+        ]
+        if not cores:
+            return "Nothing was measured."
+        busy = sum(core > FOREIGN_CORES for core in cores)
+        return (
+            f"Other jobs took {median(cores):.2f} cores (median), and more than {FOREIGN_CORES:g} "
+            f"in {busy} of {len(cores)} measurements, each the quieter of two."
+        )
 
 
 @dataclass(frozen=True)
@@ -197,8 +214,11 @@ def markdown(benchmark: Benchmark) -> str:
     lines = [
         "# The model server's speed, beside its peers'",
         "",
-        f"{benchmark.caption()}. Made by `python3 bench/serving/run.py`; do not edit. Read ratios",
-        "rather than absolutes, and no ratio below 1.3.",
+        f"{benchmark.caption()}.",
+        "",
+        benchmark.others(),
+        "Made by `python3 bench/serving/run.py`; do not edit. Read ratios rather than absolutes;",
+        "one below 1.3 may be noise.",
         "",
         "| goal | wanted | seen | met |",
         "| --- | --- | --- | --- |",
@@ -207,7 +227,7 @@ def markdown(benchmark: Benchmark) -> str:
             for goal in goals(benchmark)
         ),
         "",
-        "![Requests per second of every system](serving.svg)",
+        "![Requests per second and memory of every system](serving.svg)",
         "",
         "LR is a logistic regression, RF a forest of 100 trees, both on four numbers. Requests per",
         "second at so many kept connections, one row per request unless said otherwise; to limit",
@@ -230,9 +250,7 @@ def markdown(benchmark: Benchmark) -> str:
 
 def _figures_table(benchmark: Benchmark) -> Iterable[str]:
     for case in CASES:
-        rows = f", {case.rows} rows" if case.rows > 1 else ""
-        connections = f"{case.connections} connection" + ("s" if case.connections > 1 else "")
-        yield f"**{case.model.upper()}{rows}, {connections}**"
+        yield f"**{_title(case)}**"
         yield ""
         yield "| system | req/s | p50 ms | p99 ms | errors | CPU | to limit | to naive | PSS |"
         yield "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"
@@ -268,66 +286,76 @@ STYLE = """
   .page { fill: #ffffff; }
   .bar { fill: #b6bec8; }
   .ours { fill: #1a7f5a; }
-  .limit { fill: none; stroke: #8c959f; stroke-dasharray: 3 2; }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3; }
     .small { fill: #9198a1; }
     .page { fill: #0d1117; }
     .bar { fill: #4a525d; }
     .ours { fill: #2ea87a; }
-    .limit { stroke: #7d8590; }
   }
 """
 WIDTH, MARGIN, LABELS, VALUES, ROW, COLUMNS = 960, 24, 132, 56, 20, 2
 
 
 def svg(benchmark: Benchmark) -> str:
-    """Bars of requests per second: a panel for each case, each with a scale of its own."""
-    names = [name for name in benchmark.results if benchmark.results[name].figures]
-    height = 44 + ROW * len(names)
+    """Bars: a panel for each case and one for memory, each with a scale of its own."""
+    # The limit is no competitor: beside a forest its bar would dwarf all others.
+    systems = {
+        name: result
+        for name, result in benchmark.results.items()
+        if result.figures and name != LIMIT
+    }
+    panels: dict[str, dict[str, float | None]] = {
+        f"{_title(case)}: requests/s": {
+            name: result.middle(case, "rate") for name, result in systems.items()
+        }
+        for case in CASES
+    }
+    panels["LR: memory (PSS), MB"] = {
+        name: median(result.pss_mb) if result.pss_mb else None for name, result in systems.items()
+    }
+    height = 44 + ROW * len(systems)
     width = (WIDTH - MARGIN * (COLUMNS + 1)) / COLUMNS
-    total = 56 + height * -(-len(CASES) // COLUMNS)
+    total = 56 + height * -(-len(panels) // COLUMNS)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" role="img">',
-        "<title>Requests per second of the model server and its peers</title>",
+        "<title>The model server beside its peers</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{total}"/>',
-        f'<text class="head" x="{MARGIN}" y="24">Requests per second</text>',
-        f'<text class="small" x="{MARGIN}" y="42">{escape(benchmark.caption())}</text>',
+        f'<text class="small" x="{MARGIN}" y="28">{escape(benchmark.caption())}</text>',
     ]
-    for index, case in enumerate(CASES):
+    for index, (title, values) in enumerate(panels.items()):
         left = MARGIN + index % COLUMNS * (width + MARGIN)
-        top = 68 + index // COLUMNS * height
-        parts += _panel(benchmark, case, names, left, top, width)
+        top = 62 + index // COLUMNS * height
+        bars = {systems[name].title.strip("*"): value for name, value in values.items()}
+        parts += _panel(title, bars, left, top, width)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(
-    benchmark: Benchmark, case: Case, names: Sequence[str], left: float, top: float, width: float
-) -> Iterable[str]:
+def _title(case: Case) -> str:
     rows = f", {case.rows} rows" if case.rows > 1 else ""
     plural = "s" if case.connections > 1 else ""
-    title = f"{case.model.upper()}{rows}, {case.connections} connection{plural}"
+    return f"{case.model.upper()}{rows}, {case.connections} connection{plural}"
+
+
+def _panel(
+    title: str, bars: Mapping[str, float | None], left: float, top: float, width: float
+) -> Iterable[str]:
     yield f'<text class="head" x="{left:.0f}" y="{top}">{title}</text>'
-    rates = {name: benchmark.middle(name, case) for name in names}
-    # The limit answers no question: it would dwarf a forest's bars.
-    longest = max((rate or 0 for name, rate in rates.items() if name != LIMIT), default=0) or 1
-    room = width - LABELS - VALUES
-    for row, name in enumerate(names):
+    longest = max((value or 0 for value in bars.values()), default=0) or 1
+    x = left + LABELS
+    for row, (label, value) in enumerate(bars.items()):
         y = top + 10 + row * ROW
-        title = benchmark.results[name].title.strip("*")
-        yield f'<text class="small" x="{left:.0f}" y="{y + 12}">{escape(title)}</text>'
-        rate = rates[name]
-        if rate is None:
+        yield f'<text class="small" x="{left:.0f}" y="{y + 12}">{escape(label)}</text>'
+        if value is None:
             continue
-        length = min(rate / longest, 1) * room
-        kind = "ours" if name == "odsp" else "limit" if name == LIMIT else "bar"
-        x = left + LABELS
+        length = value / longest * (width - LABELS - VALUES)
+        kind = "ours" if label == OURS else "bar"
         yield (
             f'<rect class="{kind}" x="{x:.0f}" y="{y}" width="{length:.1f}" '
             f'height="{ROW - 5}" rx="2"/>'
         )
-        yield f'<text class="small" x="{x + length + 5:.1f}" y="{y + 12}">{rate:,.0f}</text>'
+        yield f'<text class="small" x="{x + length + 5:.1f}" y="{y + 12}">{value:,.0f}</text>'
 
 
 def write(benchmark: Benchmark, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -65,27 +66,26 @@ class Runner:
         result: Result,
         measure_limit: Callable[[str], dict[int, Figures]],
     ) -> None:
-        """One round of a system with a model: its answers, its memory, every case."""
+        """One round of a system with a model: its answers, every case, its memory."""
         limit = measure_limit(model)
         with self.start(system, model) as (server, place):
             self._check(system, place)
-            if model == "lr":
-                result.pss_mb.append(round(server.pss_bytes() / 1e6, 1))
             for case in (case for case in CASES if case.model == model):
+                self.measure(system, server, place, case, SHORT_S)
                 figures = self.measure(system, server, place, case, seconds)
                 result.figures.setdefault(case.name, []).append(figures)
                 ratio = figures.rate / limit[case.connections].rate
                 result.to_limit.setdefault(case.name, []).append(round(ratio, 4))
+            if model == "lr":
+                result.pss_mb.append(round(server.pss_bytes() / 1e6, 1))
 
     def measure(
         self, system: System, server: Server, place: Place, case: load.Case, seconds: float
     ) -> Figures:
-        """One case, after a short load that is not counted."""
+        """One case."""
         body = place.folder / f"{case.name}.body"
         body.write_bytes(system.body(self._models.rows[: case.rows]))
-        url = system.url(place)
-        load.read(load.start(url, body, case.connections, SHORT_S))
-        return load.measure(server, url, body, case.connections, seconds)
+        return load.measure(server, system.url(place), body, case.connections, seconds)
 
     def behave(self, system: System) -> dict[str, Any]:
         """What ODSP's server does beside being fast."""
@@ -140,6 +140,8 @@ class Limit:
 def main() -> int:
     """Run it all; 0 unless the benchmark itself cannot run."""
     options = parse_options()
+    # Servers end with this program, however it ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     chosen = [system for system in SYSTEMS if not options.only or system.name in options.only]
     benchmark = Benchmark(
@@ -194,7 +196,6 @@ def measure(runner: Runner, chosen: list[System], benchmark: Benchmark) -> None:
     """All rounds; every other one in the opposite order."""
     with runner.start(LIMIT, "lr") as (server, place):
         limit = Limit(runner, server, place, benchmark.results["limit"])
-        benchmark.results["limit"].pss_mb.append(round(server.pss_bytes() / 1e6, 1))
         for number in range(benchmark.rounds):
             for system in chosen if number % 2 == 0 else reversed(chosen):
                 result = benchmark.results[system.name]
@@ -207,6 +208,7 @@ def measure(runner: Runner, chosen: list[System], benchmark: Benchmark) -> None:
                     except FAILURES as error:
                         result.failure = _sentence(error)
                         say(f"{system.name}: {result.failure}")
+        benchmark.results["limit"].pss_mb.append(round(server.pss_bytes() / 1e6, 1))
 
 
 def parse_options() -> argparse.Namespace:

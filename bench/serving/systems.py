@@ -79,10 +79,10 @@ class System:
     """A path to get before the first question."""
 
     def version(self, programs: Path) -> str:
-        """As installed."""
+        """The package it comes from, as installed."""
         if not self.package:
-            return "this checkout"
-        return environments.version(programs, self.package)
+            return f"commit {environments.commit()}"
+        return f"{self.package} {environments.version(programs, self.package)}"
 
     def run(self, place: Place) -> Server:
         """Start it; `place.folder` keeps its log."""
@@ -142,15 +142,6 @@ def call(url: str, body: bytes | None = None, *, method: str = "", timeout: floa
         return json.loads(response.read())
 
 
-def gunicorn(place: Place, workers: int, folder: Path, app: str) -> Command:
-    """Gunicorn with uvicorn's workers, without access log."""
-    return [
-        *(place.programs / "gunicorn", "--worker-class", "uvicorn_worker.UvicornWorker"),
-        *("--workers", str(workers), "--bind", f"127.0.0.1:{place.port}"),
-        *("--chdir", folder, "--log-level", "warning", app),
-    ]
-
-
 def _odsp(place: Place) -> Start:
     variables: dict[str, str | Path] = {
         "PYTHONPATH": ROOT / "model_server/src",
@@ -161,10 +152,7 @@ def _odsp(place: Place) -> Start:
     if index := os.environ.get("UV_DEFAULT_INDEX"):
         variables["MODEL_SERVER_INDEX_URL"] = index
     state = place.folder / "state"
-    if not (ROOT / "model_server/src/model_server/__main__.py").exists():
-        command = gunicorn(place, 2, place.folder, "model_server.asgi:app")
-        return Start(command, {**variables, "MODEL_SERVER_STATE_DIR": state})
-    command = [
+    command: Command = [
         *(place.programs / "python", "-m", "model_server"),
         *("--tracking-uri", place.registry, "--workers", "2"),
         *("--host", "127.0.0.1", "--port", str(place.port), "--state-dir", state),
@@ -247,7 +235,12 @@ def _triton(place: Place) -> Start:
 
 
 def _limit(place: Place) -> Start:
-    return Start(gunicorn(place, 2, PEERS / "limit", "server:app"), {})
+    command: Command = [
+        *(place.programs / "gunicorn", "--worker-class", "uvicorn_worker.UvicornWorker"),
+        *("--workers", "2", "--bind", f"127.0.0.1:{place.port}"),
+        *("--chdir", PEERS / "limit", "--log-level", "warning", "server:app"),
+    ]
+    return Start(command, {})
 
 
 def _model(place: Place) -> dict[str, str | Path]:
