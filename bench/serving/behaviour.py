@@ -6,14 +6,13 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from threading import Barrier
 from typing import Any
-from urllib.error import HTTPError
 
 from bench.serving import load
+from bench.serving.client import call, post
 from bench.serving.registry import Registry
-from bench.serving.systems import NATIVE, Place, Rows, System, call
+from bench.serving.systems import NATIVE, Place, Rows, System
 
 #: The longest that a model's first load may take (seconds).
 LOADED_S = 300
@@ -46,7 +45,7 @@ def one_truth(place: Place, rows: Rows, answers: list[int]) -> dict[str, int]:
     question = json.dumps(NATIVE.question(rows[:1])).encode()
     wrong = 0
     for _ in range(ASKED):
-        status, answer = _post(f"{base}/{place.model}/1", question)
+        status, answer = post(f"{base}/{place.model}/1", question)
         wrong += status != 200 or NATIVE.classes(answer) != answers[:1]
     return {
         "asked": ASKED,
@@ -66,8 +65,8 @@ def one_bad_caller(place: Place, model: str, rows: Rows, answers: list[int]) -> 
     def ask(caller: int) -> tuple[int, Any]:
         together.wait(timeout=60)
         if caller == CALLERS // 2:
-            return _post(url, bad)
-        return _post(url, json.dumps(NATIVE.question([rows[caller]])).encode())
+            return post(url, bad)
+        return post(url, json.dumps(NATIVE.question([rows[caller]])).encode())
 
     good = failed = accepted = 0
     with ThreadPoolExecutor(CALLERS) as callers:
@@ -117,7 +116,7 @@ def _seconds_until(url: str, question: bytes, wanted: int) -> float | None:
     """Until an answer is the wanted class; None if it never is."""
     started = time.monotonic()
     while (passed := time.monotonic() - started) < NOTICED_S:
-        status, answer = _post(url, question)
+        status, answer = post(url, question)
         if status == 200 and NATIVE.classes(answer) == [wanted]:
             return round(passed, 1)
         time.sleep(0.1)
@@ -128,13 +127,3 @@ def _states(base: str, model: str) -> list[str]:
     """Of every loaded version of a model."""
     entries = call(f"{base}/loaded_models", timeout=30)
     return [entry["state"] for entry in entries if entry["model_name"] == model]
-
-
-def _post(url: str, body: bytes) -> tuple[int, Any]:
-    """Status and JSON; status 0 when there was no answer."""
-    try:
-        return 200, call(url, body, timeout=60)
-    except HTTPError as error:
-        return error.code, None
-    except (OSError, HTTPException, ValueError) as error:
-        return 0, repr(error)

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
+from bench.serving.client import call
 from bench.serving.environments import CACHE, PEERS, NotAvailableError
 from bench.serving.processes import Command, Server, free_ports, running
-from bench.serving.systems import Rows, call
+from bench.serving.systems import Rows
 
 #: The longest that MLflow's server may take to answer (seconds).
 START_S = 120
@@ -79,9 +78,9 @@ def _wait(server: Server, url: str) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and not server.ended():
         try:
-            with urlopen(f"{url}/health", timeout=5):
-                return
-        except (URLError, OSError):
+            call(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=5)
+            return
+        except (OSError, ValueError):
             time.sleep(0.2)
     raise NotAvailableError(f"MLflow's server does not answer: {server.last_words()}")
 

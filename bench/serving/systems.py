@@ -11,9 +11,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from bench.serving import environments
+from bench.serving.client import call
 from bench.serving.environments import PEERS, ROOT, NotAvailableError
 from bench.serving.processes import Command, Server
 
@@ -132,14 +132,6 @@ class System:
         raise NotAvailableError(
             f"It did not answer within {START_S} s: {problem} / {server.last_words()}"
         )
-
-
-def call(url: str, body: bytes | None = None, *, method: str = "", timeout: float = 10) -> Any:
-    """The JSON that an address answers; raises HTTPError unless it is a success."""
-    request = Request(url, body, {"Content-Type": "application/json"})
-    request.method = method or ("GET" if body is None else "POST")
-    with urlopen(request, timeout=timeout) as response:
-        return json.loads(response.read())
 
 
 def _odsp(place: Place) -> Start:
