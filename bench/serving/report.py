@@ -77,7 +77,7 @@ class Benchmark:
         busy = sum(core > FOREIGN_CORES for core in cores)
         return (
             f"Other jobs took {median(cores):.2f} cores (median), and more than {FOREIGN_CORES:g} "
-            f"in {busy} of {len(cores)} measurements, each the quieter of two."
+            f"in {busy} of {len(cores)} measurements, each of these the quieter of two."
         )
 
 
