@@ -332,7 +332,7 @@ def test_changed_inputs_are_in_force_and_taken_back(
 @pytest.mark.fault(
     "dependency away",
     "While PostgreSQL or MinIO is stopped, requests that need it end with an error within 10 "
-    "seconds, the others go on; when it is back, so are they, without a restart. Only a process "
+    "seconds, the others go on; when it is back, so are they, without a restart; only a process "
     "that has not reached PostgreSQL since its start tries for two minutes before it says so.",
 )
 @pytest.mark.parametrize("dependency", ["postgres", "minio"])
