@@ -1,0 +1,143 @@
+"""Runners as units of systemd: a user, a view of the files and limits of their own.
+
+The server's account may not start units. It asks a small helper that runs as root, knows two verbs,
+and hands a runner nothing but folders of the server's own state (`odsp-model_runnerd.socket`).
+"""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+from model_server.errors import ModelNotLoadableError
+from model_server.processes import Processes, RunnerSpec
+from model_server.settings import Settings
+
+_HELPER = Path("/run/odsp/model_runnerd.sock")
+_SOCKETS = Path("/run/odsp/model_runner")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_SLICE = "odsp.slice/odsp-models.slice"
+_HELPER_SECONDS = 60.0
+"""The longest the helper may take beyond the end of a runner."""
+_LONGEST_ANSWER = 1024
+_KILLED = ("2", "3")
+"""The exit codes of systemd that stand for a signal, without and with a core dump."""
+_FOLDER_BITS = stat.S_IROTH | stat.S_IXOTH
+
+
+class UnitProcesses(Processes):
+    """Runners as instances of `odsp-model_runner@.service`; they outlive a restart of the server."""
+
+    def __init__(
+        self, settings: Settings, *, helper: Path = _HELPER, groups: Path = _CONTROL_GROUPS
+    ) -> None:
+        self._models = settings.state_dir / "models"
+        self._environments = settings.state_dir / "environments"
+        self._helper = helper
+        self._groups = groups
+
+    def address(self, name: str) -> Path:
+        """The Unix socket that systemd listens on for a runner."""
+        return _SOCKETS / f"{name}.sock"
+
+    def start(self, name: str, spec: RunnerSpec) -> None:
+        """Have the unit of a runner started with the model's folder and environment in its view."""
+        environment = spec.python.parent.parent
+        if (spec.files.parent, environment.parent) != (self._models, self._environments):
+            raise ValueError(f"{spec} is not made of folders of the server's state")
+        for folder in (spec.files, environment):
+            let_others_read(folder)
+        answer = self._ask(f"start {name} {spec.flavor} {spec.files.name} {environment.name}")
+        if answer:
+            raise ModelNotLoadableError(f"The model's process cannot be started: {answer}")
+
+    def stop(self, name: str, timeout: float) -> None:
+        """Have the unit stopped; after the seconds that the unit allows, systemd kills it."""
+        if answer := self._ask(f"stop {name}", timeout):
+            raise OSError(f"the runner {name} cannot be stopped: {answer}")
+
+    def ended(self, name: str) -> str | None:
+        """Why the unit failed, as systemd keeps it until the next start or stop."""
+        shown = subprocess.run(
+            [
+                *("systemctl", "show", f"odsp-model_runner@{name}.service"),
+                "--property=ActiveState,Result,ExecMainCode,ExecMainStatus",
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return reason(dict(line.partition("=")[::2] for line in shown.stdout.splitlines()))
+
+    def memory(self, name: str) -> int | None:
+        """All that the unit's processes hold, less what the kernel keeps of files for them."""
+        unit = f"{_SLICE}/odsp-model_runner@{name}.service"
+        for group, usage in (
+            (self._groups / unit, "memory.current"),
+            (self._groups / "memory" / unit, "memory.usage_in_bytes"),
+        ):
+            try:
+                used = int((group / usage).read_text())
+                counts = dict(line.split() for line in (group / "memory.stat").open())
+            except OSError:
+                continue
+            # Version 1 counts the groups below only in what it calls total.
+            files = (counts.get(f"total_{kind}", counts[kind]) for kind in _FILES)
+            return max(0, used - sum(map(int, files)))
+        return None
+
+    def _ask(self, request: str, patience: float = 0) -> str:
+        """Ask the helper; empty when it was done, else its sentence."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(patience + _HELPER_SECONDS)
+                connection.connect(str(self._helper))
+                connection.sendall(f"{request}\n".encode("ascii"))
+                connection.shutdown(socket.SHUT_WR)
+                with connection.makefile("rb") as lines:
+                    answer = lines.read(_LONGEST_ANSWER).decode(errors="replace").strip()
+        except OSError as error:
+            return f"odsp-model_runnerd does not answer ({error})."
+        return "" if answer == "ok" else answer.removeprefix("no ") or "odsp-model_runnerd failed."
+
+
+_FILES = ("active_file", "inactive_file")
+
+
+def reason(properties: dict[str, str]) -> str | None:
+    """Why a unit with these properties is not running any more; None for one that did not fail."""
+    if properties.get("ActiveState") != "failed":
+        return None
+    if properties.get("Result") == "oom-kill":
+        return "out of memory"
+    status = properties.get("ExecMainStatus", "")
+    if properties.get("ExecMainCode") not in _KILLED:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(int(status)).name
+    except ValueError:
+        return f"signal {status}"
+
+
+def let_others_read(folder: Path) -> None:
+    """Let every user read a folder's files; who can reach the folder is decided above it.
+
+    A runner has a user of its own, and sees this folder without those above it.
+    """
+    for path, _, files in os.walk(folder):
+        _add(Path(path), _FOLDER_BITS)
+        for file in files:
+            _add(Path(path, file), stat.S_IROTH)
+
+
+def _add(path: Path, bits: int) -> None:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        return
+    if mode & stat.S_IXUSR:
+        bits |= stat.S_IXOTH
+    if mode & bits != bits:
+        path.chmod(stat.S_IMODE(mode) | bits)
