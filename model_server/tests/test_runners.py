@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,7 +18,8 @@ from model_server.errors import (
     ModelNotLoadableError,
     RunnerEndedError,
 )
-from model_server.runners import Runner, RunnerNotRunningError, serving
+from model_server.processes import ChildProcesses, serving
+from model_server.runners import Runner, RunnerNotRunningError
 from model_server.settings import Settings
 
 PYTHON = Path(sys.executable)
@@ -26,14 +28,22 @@ PYTHON = Path(sys.executable)
 @pytest.fixture
 def runner(settings: Settings) -> Iterator[Runner]:
     with serving(settings):
-        runner = Runner(settings, "../../etc/passwd", "pyfunc", 1)
+        runner = _runner(settings, "../../etc/passwd", "pyfunc")
         yield runner
         runner.stop()
 
 
+def _runner(settings: Settings, name: str, flavor: str) -> Runner:
+    return Runner(settings, ChildProcesses(settings), name, flavor, 1)
+
+
 def _start(runner: Runner, files: Path, seconds: float = 60) -> int:
     runner.start(PYTHON, files, time.monotonic() + seconds)
-    process = runner.process_id()
+    return _process(runner)
+
+
+def _process(runner: Runner) -> int:
+    process = runner._processes.process_id(runner.name)
     assert process is not None
     return process
 
@@ -42,9 +52,12 @@ def _body(*row: float) -> bytes:
     return json.dumps({"data": [row]}).encode()
 
 
-def _run(use: Callable[[], Awaitable[Any]]) -> Any:
+def _run(use: Callable[[], Awaitable[Any]], runner: Runner) -> Any:
     async def run() -> Any:
-        return await use()
+        try:
+            return await use()
+        finally:
+            runner.close()
 
     return asyncio.run(run())
 
@@ -73,17 +86,24 @@ def test_one_life_of_a_fragile_model(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden")
     first = _start(runner, trained.folder / "fragile")
     # Another worker, which knows the name only, finds the same process.
-    other = Runner(settings, "../../etc/passwd", "pyfunc", 1)
-    assert other.process_id() == first
-    assert [path.parent for path in settings.sockets.iterdir()] == 2 * [settings.sockets]
+    other = _runner(settings, "../../etc/passwd", "pyfunc")
+    assert _process(other) == first
+    assert 10 * 2**20 < other.memory() < 1 * 2**30
+    assert re.fullmatch(r"[a-z0-9-]{1,22}", runner.name)
+    assert {path.name for path in settings.sockets.iterdir()} == {
+        "service.lock",
+        runner.name,
+        f"{runner.name}.process",
+    }
 
     async def ask_all() -> None:
         answers = await asyncio.gather(
             *(worker.predict(_body(n)) for n in range(20) for worker in (runner, other))
         )
-        doubled = [json.loads(answer)["prediction"]["doubled"] for answer in answers]
+        assert {rows for rows, _ in answers} == {1}
+        doubled = [json.loads(answer)["prediction"]["doubled"] for _, answer in answers]
         assert doubled == [[[2 * n]] for n in range(20) for _ in range(2)]
-        answer = json.loads(answers[0])["prediction"]
+        answer = json.loads(answers[0][1])["prediction"]
         assert answer["not a number"] is None
         assert "hidden" not in str(answer["environment"])
         assert answer["environment"]["OMP_NUM_THREADS"] == "1"
@@ -92,7 +112,7 @@ def test_one_life_of_a_fragile_model(
         with pytest.raises(ModelFailedError, match="this number is too much"):
             await runner.predict(_body(-2))
         # Whoever was refused or failed spoils it for nobody.
-        assert json.loads(await other.predict(_body(1)))["prediction"]["doubled"] == [[2]]
+        assert json.loads((await other.predict(_body(1)))[1])["prediction"]["doubled"] == [[2]]
         with pytest.raises(RunnerEndedError, match="ended before it answered"):
             await runner.predict(_body(-9))
         assert await asyncio.to_thread(_is_gone, first)
@@ -102,7 +122,9 @@ def test_one_life_of_a_fragile_model(
         other.close()
 
     asyncio.run(ask_all())
-    assert runner.process_id() is None
+    assert not runner.is_running()
+    assert runner.memory() is None
+    assert runner.ended() == other.ended() == "SIGKILL"
     assert "RuntimeError: this number is too much" in capfd.readouterr().err
 
 
@@ -110,16 +132,13 @@ def test_stopping_ends_the_process_even_when_it_hangs(
     runner: Runner, settings: Settings, trained: TrainedModels
 ) -> None:
     process = _start(runner, trained.folder / "fragile")
-    impatient = Runner(
-        settings.model_copy(update={"predict_timeout_seconds": 0.2}),
-        "../../etc/passwd",
-        "pyfunc",
-        1,
+    impatient = _runner(
+        settings.model_copy(update={"predict_timeout_seconds": 0.2}), "../../etc/passwd", "pyfunc"
     )
     with pytest.raises(DeadlineExceededError, match=r"longer than 0\.2 seconds"):
-        _run(lambda: impatient.predict(_body(-1)))
+        _run(lambda: impatient.predict(_body(-1)), impatient)
     assert not _is_gone_now(process)
-    Runner(settings, "../../etc/passwd", "pyfunc", 1).stop()
+    _runner(settings, "../../etc/passwd", "pyfunc").stop()
     assert _is_gone(process)
     assert not any((settings.state_dir / "scratch").iterdir())
 
@@ -133,14 +152,14 @@ def _is_gone_now(process: int) -> bool:
 
 
 def test_a_runner_ends_when_the_service_is_gone(settings: Settings, trained: TrainedModels) -> None:
-    runner = Runner(settings, "tree", "sklearn", 1)
+    runner = _runner(settings, "tree", "sklearn")
     with serving(settings):
         process = _start(runner, trained.folder / "tree")
         with serving(settings):
             pass
         # Gone is the service only with its last worker.
         time.sleep(1.5)
-        assert runner.process_id() == process
+        assert _process(runner) == process
     assert _is_gone(process)
 
 
@@ -149,9 +168,9 @@ def test_a_model_that_does_not_load_says_why(
 ) -> None:
     with pytest.raises(ModelNotLoadableError, match="cannot be loaded as pyfunc"):
         _start(runner, tmp_path)
-    assert runner.process_id() is None
+    assert not runner.is_running()
     with pytest.raises(RunnerNotRunningError):
-        _run(lambda: runner.predict(_body(1)))
+        _run(lambda: runner.predict(_body(1)), runner)
     assert settings.sockets.exists()
 
 

@@ -33,6 +33,10 @@ class RunnerEndedError(ModelServerError):
     """The model's process ended before it answered."""
 
 
+class RunnerBusyError(ModelServerError):
+    """So many callers wait for a model already that one more is sent away."""
+
+
 class DeadlineExceededError(ModelServerError):
     """A load or a prediction took longer than allowed."""
 
@@ -61,6 +65,7 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     ModelNotLoadableError: 422,
     ModelFailedError: 500,
     RunnerEndedError: 503,
+    RunnerBusyError: 503,
     DeadlineExceededError: 504,
     IndexUnavailableError: 503,
     RegistryUnavailableError: 503,

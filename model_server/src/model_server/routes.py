@@ -155,7 +155,7 @@ async def predict(
     wanted = _validate(body)
     answer = await serving.predict(model_name, wanted.model_flavor, model_version_or_alias, body)
     # Already JSON, made by the model's process.
-    return Response(answer, media_type="application/json")
+    return Response(answer.body, media_type="application/json")
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

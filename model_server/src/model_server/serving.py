@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -23,8 +22,10 @@ from model_server.errors import (
     ModelServerError,
     RunnerEndedError,
 )
+from model_server.processes import ChildProcesses, Processes, serving
 from model_server.registry import ModelRegistry, ModelVersion, version_number
-from model_server.runners import Runner, RunnerNotRunningError, serving
+from model_server.runner import wire
+from model_server.runners import Runner, RunnerNotRunningError
 from model_server.schemas import LoadedModel, ModelFlavor, ModelState
 from model_server.settings import PYTHON_VERSION, Settings
 
@@ -33,7 +34,15 @@ _LOG = logging.getLogger(__name__)
 _LOADS_AT_ONCE = 8
 _RETRY_SECONDS = 2.0
 _PYTHON_OF_MODEL = re.compile(r"^\s+python_version:\s*['\"]?(\d+\.\d+)", re.MULTILINE)
-_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The JSON body of an answer, and what it is about."""
+
+    body: bytes
+    version: int
+    rows: int
 
 
 class ModelServing:
@@ -45,11 +54,13 @@ class ModelServing:
         catalog: Catalog,
         registry: ModelRegistry,
         environments: Environments,
+        processes: Processes | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._registry = registry
         self._environments = environments
+        self._processes = processes or ChildProcesses(settings)
         self._runners: dict[tuple[str, str, int], Runner] = {}
         self._under_way: dict[tuple[str, ...], asyncio.Future[LoadedModel | None]] = {}
         self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load")
@@ -87,8 +98,14 @@ class ModelServing:
         return loaded
 
     async def predict(
-        self, name: str, flavor: ModelFlavor, version_or_alias: str, body: bytes
-    ) -> bytes:
+        self,
+        name: str,
+        flavor: ModelFlavor,
+        version_or_alias: str,
+        body: bytes,
+        *,
+        kind: bytes = wire.PREDICT,
+    ) -> Predicted:
         """Answer a prediction request, loading the model first where it is not."""
         version = version_number(version_or_alias)
         if version is None:
@@ -97,7 +114,7 @@ class ModelServing:
             )
         if version is not None:
             try:
-                return await self._ask(name, flavor, version, body)
+                return await self._ask(name, flavor, version, body, kind)
             except RunnerNotRunningError:
                 revived = await self._once(
                     ("revive", name, flavor, str(version)),
@@ -108,7 +125,7 @@ class ModelServing:
         if version is None:
             version = (await self.load(name, flavor, version_or_alias)).version
         try:
-            return await self._ask(name, flavor, version, body)
+            return await self._ask(name, flavor, version, body, kind)
         except RunnerNotRunningError:
             raise RunnerEndedError(
                 f"Model {name!r} version {version} was unloaded, or ended, before it was asked."
@@ -126,17 +143,20 @@ class ModelServing:
             lambda: [self._seen(entry) for entry in self._catalog.entries()]
         )
 
-    async def _ask(self, name: str, flavor: str, version: int, body: bytes) -> bytes:
+    async def _ask(
+        self, name: str, flavor: str, version: int, body: bytes, kind: bytes
+    ) -> Predicted:
         key = (name, flavor, version)
         runner = self._runners.get(key) or self._runner(*key)
         try:
             self._runners[key] = runner
-            return await runner.predict(body)
+            rows, answer = await runner.predict(body, kind)
         except (RunnerNotRunningError, RunnerEndedError):
             if self._runners.get(key) is runner:
                 del self._runners[key]
                 runner.close()
             raise
+        return Predicted(answer, version, rows)
 
     async def _once(
         self, key: tuple[str, ...], function: Callable[[], LoadedModel | None]
@@ -200,7 +220,7 @@ class ModelServing:
         return self._seen(replace(entry, problem=None), changing=False)
 
     def _run(self, runner: Runner, model: ModelVersion, deadline: float) -> None:
-        if runner.process_id() is not None:
+        if runner.is_running():
             return
         files = self._files(model)
         if not files.exists():
@@ -270,9 +290,9 @@ class ModelServing:
     ) -> LoadedModel:
         """An entry of the catalog with what its process is doing."""
         runner = self._runner(entry.model.name, entry.flavor, entry.model.version)
-        process = None if state else runner.process_id()
+        running = state is None and runner.is_running()
         if state is None:
-            if process is not None:
+            if running:
                 state = "ready"
             elif runner.is_changing() if changing is None else changing:
                 state = "loading"
@@ -286,12 +306,12 @@ class ModelServing:
             aliases=entry.aliases,
             state=state,
             since=entry.since,
-            memory_bytes=_memory(process),
+            memory_bytes=runner.memory() if running else None,
             problem=entry.problem if state == "failed" else None,
         )
 
     def _runner(self, name: str, flavor: str, version: int) -> Runner:
-        return Runner(self._settings, name, flavor, version)
+        return Runner(self._settings, self._processes, name, flavor, version)
 
     def _files(self, model: ModelVersion) -> Path:
         return self._settings.state_dir / "models" / model.digest
@@ -306,13 +326,3 @@ def _saved_python(files: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return found.group(1) if found else None
-
-
-def _memory(process_id: int | None) -> int | None:
-    if process_id is None:
-        return None
-    try:
-        pages = Path(f"/proc/{process_id}/statm").read_text().split()[1]
-    except OSError:
-        return None
-    return int(pages) * _PAGE_SIZE

@@ -1,12 +1,10 @@
 """One model: load it with MLflow, ask it, put its errors into sentences."""
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from .inputs import Column, InputError, model_input
-from .values import NoJsonFormError, to_json
 
 _LONGEST_MESSAGE = 1000
 
@@ -18,29 +16,25 @@ class ModelError(Exception):
 class Model(ABC):
     """A loaded model; its flavor decides what it takes."""
 
-    def predict(self, body: bytes) -> bytes:
-        """Answer the body of a prediction request with the body of its response."""
+    batching = True
+    """Whether callers' rows may go together; a model opts out in its metadata."""
+    numbers_are_alike = False
+    """Whether 1 and 1.0 are the same to it, because its input is cast."""
+
+    def predict(
+        self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
+    ) -> Any:
+        """The model's own answer, or its error as a sentence."""
         try:
-            request = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"The request cannot be read: {error}") from None
-        function = request.get("predict_function", "predict")
-        try:
-            answer = self.ask(
-                request["data"], function, request.get("dtype"), request.get("params")
-            )
+            return self.ask(data, function, dtype, params)
         except InputError:
             raise
         except (ValueError, TypeError, LookupError) as error:
             raise InputError(f"The model refuses the data: {_sentence(error)}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if type(error).__name__ == "MlflowException":
                 raise InputError(f"The model refuses the data: {_sentence(error)}") from error
             raise ModelError(f"The model failed: {_sentence(error)}") from error
-        try:
-            return b'{"prediction":' + to_json(answer) + b"}"
-        except NoJsonFormError as error:
-            raise ModelError(str(error)) from error
 
     @abstractmethod
     def ask(
@@ -56,8 +50,10 @@ class PyfuncModel(Model):
         import mlflow.pyfunc
 
         self._model = mlflow.pyfunc.load_model(str(folder))
-        signature = self._model.metadata.signature
+        self.batching = _may_batch(self._model.metadata)
+        self.signature = signature = self._model.metadata.signature
         self._schema = signature.inputs if signature else None
+        self.numbers_are_alike = self._schema is not None
         self._takes_params = bool(signature and signature.params)
         # A model with type hints takes the rows as they are.
         self._takes_lists = bool(getattr(signature, "_is_signature_from_type_hint", False))
@@ -100,12 +96,16 @@ class PyfuncModel(Model):
 class SklearnModel(Model):
     """A scikit-learn estimator, as it was trained."""
 
+    numbers_are_alike = True
+
     def __init__(self, folder: Path) -> None:
         import mlflow.models
         import mlflow.sklearn
 
         self._model = mlflow.sklearn.load_model(str(folder))
-        signature = mlflow.models.Model.load(str(folder)).signature
+        metadata = mlflow.models.Model.load(str(folder))
+        self.batching = _may_batch(metadata)
+        self.signature = signature = metadata.signature
         schema = signature.inputs if signature else None
         typed: list[Column] = []
         if schema is not None and not schema.is_tensor_spec() and schema.has_input_names():
@@ -130,6 +130,10 @@ class SklearnModel(Model):
         return self._model.predict(_in_order(rows, self._columns))
 
 
+def _may_batch(metadata: Any) -> bool:
+    return (metadata.metadata or {}).get("batching") is not False
+
+
 FLAVORS: dict[str, type[PyfuncModel] | type[SklearnModel]] = {
     "pyfunc": PyfuncModel,
     "sklearn": SklearnModel,
@@ -140,7 +144,7 @@ def load_model(folder: Path, flavor: str) -> Model:
     """Load the model of a folder."""
     try:
         return FLAVORS[flavor](folder)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"The model cannot be loaded as {flavor}: {_sentence(error)}") from error
 
 
@@ -169,6 +173,6 @@ def _probabilities(
     return model.predict_proba(_in_order(rows, columns))
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."

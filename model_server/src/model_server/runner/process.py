@@ -1,164 +1,272 @@
-"""The process around a model: one thread asks the model, one per connection reads and writes."""
+"""The process around a model: one thread that reads, asks the model and answers, in turns.
 
+While the model works, new questions wait in the sockets; when it is free, all that came are read
+and go together. Nothing is handed between threads, so a lone caller waits for nobody.
+"""
+
+import contextlib
 import fcntl
 import json
 import os
-import queue
 import resource
+import selectors
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from . import wire
+from . import native, wire
+from .batching import Answer, Batcher
 from .inputs import InputError
-from .model import Model, ModelError, load_model
+from .model import ModelError, load_model
+from .question import Question
+from .warmup import warm_up
 
+_STDOUT, _STDERR = 1, 2
+_FIRST_PASSED_SOCKET = 3
 _BACKLOG = 1024
-_WATCH_SECONDS = 1.0
+_PIECE = 1 << 16
+_SEND_SECONDS = 10.0
+"""A worker that does not take its answers for so long is given up."""
 _LAST_WORDS_SECONDS = 5.0
-_PAUSE_SECONDS = 0.01
+_LAST_CALL_SECONDS = 0.02
+_LAST_LINES = 10
+_WAKEUP = object()
+
+_READERS: dict[bytes, Callable[[bytes], Question]] = {wire.PREDICT: native.read_native}
 
 
-@dataclass
-class _Job:
-    body: bytes
-    answer: bytes = b""
-    done: threading.Event = field(default_factory=threading.Event)
+class _Slot:
+    """A place for one answer, in the order of a connection's questions."""
 
-    def finish(self, answer: bytes) -> None:
-        self.answer = answer
-        self.done.set()
+    __slots__ = ("connection", "frame")
+
+    def __init__(self, connection: "_Connection") -> None:
+        self.connection = connection
+        self.frame: bytes | None = None
+
+
+class _Connection:
+    """One worker's connection."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._reader = wire.FrameReader()
+        self._slots: deque[_Slot] = deque()
+
+    def receive(self) -> list[tuple[_Slot, bytes, bytes]]:
+        """What has come: a slot for the answer, kind and content of each frame."""
+        received: list[tuple[_Slot, bytes, bytes]] = []
+        while True:
+            try:
+                piece = self.channel.recv(_PIECE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return received
+            if not piece:
+                raise EOFError
+            for kind, content in self._reader.feed(piece):
+                slot = _Slot(self)
+                self._slots.append(slot)
+                received.append((slot, kind, content))
+            if len(piece) < _PIECE:
+                return received
+
+    def send(self) -> None:
+        """Send the answers that are there and whose turn it is."""
+        frames = []
+        while self._slots and (frame := self._slots[0].frame) is not None:
+            self._slots.popleft()
+            frames.append(frame)
+        if frames:
+            self.channel.sendall(b"".join(frames))
+
+
+class Conversations:
+    """All connections of a runner."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        # Asked for again by whoever answers now: the kernel then names this process as the peer.
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._ending = False
+
+    def end_on(self, *signals: signal.Signals) -> None:
+        """From now on, such a signal ends the conversations when all is answered."""
+        wakeup, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(wakeup, selectors.EVENT_READ, _WAKEUP)
+        signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, self._end)
+
+    def _end(self, _number: int, _frame: object) -> None:
+        self._ending = True
+
+    def receive(self, timeout: float | None) -> list[tuple[_Slot, bytes, bytes]] | None:
+        """New questions, waiting for the first; None when it is time to end and none is left."""
+        received: list[tuple[_Slot, bytes, bytes]] = []
+        if self._ending:
+            timeout = _LAST_CALL_SECONDS
+        events = self._selector.select(timeout)
+        for key, _ in events:
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.data is _WAKEUP:
+                os.read(key.fd, _PIECE)
+            elif isinstance(key.data, _Connection):
+                try:
+                    received += key.data.receive()
+                except (EOFError, OSError, wire.FrameError):
+                    self._hang_up(key.data)
+        return None if self._ending and not events else received
+
+    def send(self, connection: _Connection) -> None:
+        """Send what is ready for one worker."""
+        try:
+            connection.send()
+        except OSError:
+            self._hang_up(connection)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                channel, _ = self._listener.accept()
+                channel.settimeout(_SEND_SECONDS)
+                self._selector.register(channel, selectors.EVENT_READ, _Connection(channel))
+
+    def _hang_up(self, connection: _Connection) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(connection.channel)
+        connection.channel.close()
 
 
 class RunnerProcess:
-    """Listens from the start, answers when the model is there."""
+    """Answers with a model, or tells why there is none."""
 
-    def __init__(self, address: Path) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._loaded = threading.Event()
-        self._problem_told = threading.Event()
-        self._problem: str | None = None
-        self._replies = 0
-        self._counting = threading.Lock()
-        address.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        self._listener.bind(str(address))
-        os.umask(before)
-        self._listener.listen(_BACKLOG)
+    def __init__(self, listener: socket.socket) -> None:
+        self._conversations = Conversations(listener)
 
-    def serve(self, folder: Path, flavor: str) -> int:
-        """Load the model and answer until told to stop."""
-        threading.Thread(target=self._accept, daemon=True).start()
+    def load(self, folder: Path, flavor: str) -> bool:
+        """Load and warm the model; where that fails, tell who asks, and return False."""
         try:
             model = load_model(folder, flavor)
+            self._batcher = Batcher(model)
+            warm_up(self._batcher, folder)
         except ModelError as error:
-            traceback.print_exc()
-            self._problem = str(error)
-            self._loaded.set()
-            self._problem_told.wait(_LAST_WORDS_SECONDS)
-            return 1
-        self._loaded.set()
-        while (job := self._jobs.get()) is not None:
-            job.finish(_answer(model, job.body))
-        self._finish(model)
-        return 0
+            trace = traceback.format_exc()
+            sys.stderr.write(trace)
+            self._tell_problem(str(error), trace.splitlines()[-_LAST_LINES:])
+            return False
+        self._flavor = flavor
+        return True
 
-    def _finish(self, model: Model) -> None:
-        """Answer what was asked before the socket's name went away, and let it be sent."""
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
-        while self._replies and time.monotonic() < deadline:
-            try:
-                job = self._jobs.get(timeout=_PAUSE_SECONDS)
-            except queue.Empty:
-                continue
-            if job is not None:
-                job.finish(_answer(model, job.body))
-
-    def _accept(self) -> None:
+    def serve(self, *end_on: signal.Signals) -> None:
+        """Answer with the model until a signal says that it is enough."""
+        self._conversations.end_on(*end_on)
+        batcher = self._batcher
         while True:
-            connection, _ = self._listener.accept()
-            threading.Thread(target=self._talk, args=[connection], daemon=True).start()
+            received = self._conversations.receive(0 if batcher else None)
+            if received is None and not batcher:
+                return
+            for slot, kind, content in received or ():
+                if kind == wire.DESCRIBE:
+                    self._reply(slot, wire.pack(wire.ANSWER, self._description()))
+                elif kind in _READERS:
+                    try:
+                        batcher.put(_READERS[kind](content), len(content), slot)
+                    except InputError as error:
+                        self._reply(slot, _refusal(wire.INPUT_ERROR, str(error)))
+                else:
+                    self._reply(slot, _refusal(wire.INPUT_ERROR, f"There is no frame {kind!r}."))
+            if batcher:
+                connections = {}
+                for slot, rows, answer in batcher.answer_next():
+                    slot.frame = _frame(rows, answer)
+                    connections[id(slot.connection)] = slot.connection
+                for connection in connections.values():
+                    self._conversations.send(connection)
 
-    def _talk(self, connection: socket.socket) -> None:
-        with connection:
-            while True:
-                try:
-                    kind, content = wire.receive(connection)
-                    with self._replying():
-                        connection.sendall(self._reply(kind, content))
-                except (EOFError, ConnectionError):
-                    return
-                if self._problem is not None:
-                    self._problem_told.set()
+    def _reply(self, slot: _Slot, frame: bytes) -> None:
+        slot.frame = frame
+        self._conversations.send(slot.connection)
 
-    @contextmanager
-    def _replying(self) -> Iterator[None]:
-        with self._counting:
-            self._replies += 1
+    def _description(self) -> bytes:
+        description = {
+            "inputs": None,
+            "outputs": None,
+            "flavor": self._flavor,
+            "batching": self._batcher.batching,
+        }
+        return json.dumps(description).encode()
+
+    def _tell_problem(self, message: str, lines: list[str]) -> None:
+        """Tell it to all who wait, or to the first who comes."""
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        refusal = _refusal(wire.LOAD_ERROR, message, lines=lines)
+        told = False
+        while not told and (left := deadline - time.monotonic()) > 0:
+            for slot, _, _ in self._conversations.receive(left) or ():
+                self._reply(slot, refusal)
+                told = True
+
+
+def _frame(rows: int, answer: Answer) -> bytes:
+    if isinstance(answer, bytes):
         try:
-            yield
-        finally:
-            with self._counting:
-                self._replies -= 1
-
-    def _reply(self, kind: bytes, content: bytes) -> bytes:
-        if kind == wire.STOP:
-            self._jobs.put(None)
-            return wire.pack(wire.ANSWER)
-        self._loaded.wait()
-        if self._problem is not None:
-            return _refusal(wire.MODEL_ERROR, self._problem)
-        if kind == wire.DESCRIBE:
-            return wire.pack(wire.ANSWER)
-        job = _Job(content)
-        self._jobs.put(job)
-        job.done.wait()
-        return job.answer
+            return wire.pack_answer(rows, answer)
+        except wire.FrameError:
+            message = f"The model's answer, {len(answer)} bytes, is too large to be sent."
+            return _refusal(wire.MODEL_ERROR, message)
+    if isinstance(answer, InputError):
+        return _refusal(wire.INPUT_ERROR, str(answer))
+    traceback.print_exception(answer)
+    return _refusal(wire.MODEL_ERROR, str(answer))
 
 
-def _answer(model: Model, body: bytes) -> bytes:
-    try:
-        return wire.pack(wire.ANSWER, model.predict(body))
-    except InputError as error:
-        return _refusal(wire.INPUT_ERROR, str(error))
-    except ModelError as error:
-        traceback.print_exc()
-        return _refusal(wire.MODEL_ERROR, str(error))
-    except Exception as error:  # noqa: BLE001  whatever it is, only this request fails
-        traceback.print_exc()
-        return _refusal(wire.MODEL_ERROR, f"The model failed: {type(error).__name__}: {error}")
-
-
-def _refusal(kind: str, message: str) -> bytes:
-    return wire.pack(wire.REFUSAL, json.dumps({"kind": kind, "message": message}).encode())
+def _refusal(kind: str, message: str, **more: Any) -> bytes:
+    return wire.pack(wire.REFUSAL, json.dumps({"kind": kind, "message": message} | more).encode())
 
 
 def end_with_service(lock: Path) -> None:
     """End this process when no worker of the service holds its lock any more."""
     with lock.open("rb") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_WATCH_SECONDS)
-            else:
-                os._exit(0)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os._exit(0)
 
 
-def main(arguments: list[str]) -> int:
-    """Run one model: address of the socket, the model's folder, its flavor, the service's lock."""
-    address, folder, flavor, lock = arguments
+def inherited_listener() -> socket.socket:
+    """The socket that whoever started this process has made for it."""
+    if (os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")) != (
+        str(os.getpid()),
+        "1",
+    ):
+        raise SystemExit("A runner is started with its socket, by LISTEN_PID and LISTEN_FDS=1.")
+    return socket.socket(fileno=_FIRST_PASSED_SOCKET)
+
+
+def main(arguments: list[str]) -> None:
+    """Run one model: its folder, its flavor and, for a child of a worker, the service's lock."""
+    folder, flavor, *lock = arguments
+    listener = inherited_listener()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.Thread(target=end_with_service, args=[Path(lock)], daemon=True).start()
-    status = RunnerProcess(Path(address)).serve(Path(folder), flavor)
+    if lock:
+        threading.Thread(target=end_with_service, args=[Path(lock[0])], daemon=True).start()
+    runner = RunnerProcess(listener)
+    loaded = runner.load(Path(folder), flavor)
+    sys.stderr.flush()
+    if loaded:
+        # What it wrote until now may be kept by whoever started it; from now on there is no end.
+        os.dup2(_STDOUT, _STDERR)
+        runner.serve(signal.SIGTERM, signal.SIGINT)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that a model left behind must not keep the process.
-    os._exit(status)
+    os._exit(0 if loaded else 1)
