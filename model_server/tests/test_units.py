@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from model_server.errors import ModelNotLoadableError
+from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
 from model_server.processes import RunnerSpec
 from model_server.settings import Settings
-from model_server.units import UnitProcesses, let_others_read, reason
+from model_server.units import UnitProcesses, let_others_read, processes_for, reason
 
 NAME = "0123456789abcdef-s"
 MODEL, ENVIRONMENT = "a" * 32, "b" * 32
@@ -75,14 +75,14 @@ def test_a_start_that_is_refused_says_why(
     """The caller of a load learns what the helper said."""
     with (
         helper(tmp_path / "helper.sock", "no systemd did not start the runner: broken\n"),
-        pytest.raises(ModelNotLoadableError, match=r"cannot be started: systemd did .* broken"),
+        pytest.raises(ModelNotLoadableError, match=r"cannot be changed: systemd did .* broken"),
     ):
         units.start(NAME, spec)
 
 
 def test_a_helper_that_is_away_costs_the_load(units: UnitProcesses, spec: RunnerSpec) -> None:
-    """It is said which unit does not answer."""
-    with pytest.raises(ModelNotLoadableError, match="odsp-model_runnerd does not answer"):
+    """It is said which unit does not answer, and that it may do so later."""
+    with pytest.raises(RunnerUnavailableError, match="odsp-model_runnerd does not answer"):
         units.start(NAME, spec)
 
 
@@ -110,7 +110,7 @@ def test_stop(units: UnitProcesses, tmp_path: Path, answer: str, error: str | No
         if error is None:
             units.stop(NAME, 1)
         else:
-            with pytest.raises(OSError, match=error):
+            with pytest.raises(ModelNotLoadableError, match=error):
                 units.stop(NAME, 1)
     assert asked == [f"stop {NAME}\n"]
 
@@ -154,12 +154,50 @@ def test_memory_of_a_runner(
     units: UnitProcesses, tmp_path: Path, root: str, usage: str, statistics: str
 ) -> None:
     """Files that the kernel keeps for it could be dropped any time and do not count."""
-    group = tmp_path / "cgroup" / root / f"odsp.slice/odsp-models.slice/odsp-model_runner@{NAME}.service"
+    group = (
+        tmp_path
+        / "cgroup"
+        / root
+        / f"odsp.slice/odsp-models.slice/odsp-model_runner@{NAME}.service"
+    )
     assert units.memory(NAME) is None
     group.mkdir(parents=True)
     (group / usage).write_text("100\n")
     (group / "memory.stat").write_text(statistics)
     assert units.memory(NAME) == 60
+
+
+def test_modules_are_compiled_once_and_nothing_of_theirs_is_run(
+    units: UnitProcesses, spec: RunnerSpec, tmp_path: Path
+) -> None:
+    """A package's code runs in runners only, which find its byte code but cannot write it."""
+    packages = spec.python.parent.parent / "lib/python3/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "good.py").write_text("1 + 1")
+    (packages / "bad.py").write_text("print 'an older Python'")
+    (packages / "evil.pth").write_text(f"import pathlib; pathlib.Path('{tmp_path}/ran').touch()")
+    for _ in range(2):
+        (tmp_path / "helper.sock").unlink(missing_ok=True)
+        with helper(tmp_path / "helper.sock", "ok\n"):
+            units.start(NAME, spec)
+        (packages / "late.py").touch()
+    compiled = {path.name.split(".")[0] for path in (packages / "__pycache__").iterdir()}
+    assert compiled == {"good"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_units_the_log_says_what_is_not_protected(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone on a laptop one is told; on the platform there is nothing to tell."""
+    processes_for(settings)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "nothing keeps their code from this user's files" in caplog.text
+    caplog.clear()
+    assert isinstance(
+        processes_for(settings.model_copy(update={"runner_units": True})), UnitProcesses
+    )
+    assert caplog.records == []
 
 
 def test_reading_is_granted_once_and_links_are_left_alone(tmp_path: Path) -> None:

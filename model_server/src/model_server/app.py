@@ -15,6 +15,7 @@ from model_server.registry import ModelRegistry
 from model_server.routes import describe, router
 from model_server.serving import ModelServing
 from model_server.settings import Settings
+from model_server.units import processes_for
 
 _UNAVAILABLE = 503
 _NO_ROOM = 507
@@ -31,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
         Catalog(settings.database),
         ModelRegistry.connect(settings),
         Environments(settings),
+        processes_for(settings),
     )
 
     @asynccontextmanager

@@ -4,16 +4,20 @@ The server's account may not start units. It asks a small helper that runs as ro
 and hands a runner nothing but folders of the server's own state (`odsp-model_runnerd.socket`).
 """
 
+import logging
 import os
 import signal
 import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
-from model_server.errors import ModelNotLoadableError
-from model_server.processes import Processes, RunnerSpec
+from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
+from model_server.processes import ChildProcesses, Processes, RunnerSpec
 from model_server.settings import Settings
+
+_LOG = logging.getLogger(__name__)
 
 _HELPER = Path("/run/odsp/model_runnerd.sock")
 _SOCKETS = Path("/run/odsp/model_runner")
@@ -25,10 +29,23 @@ _LONGEST_ANSWER = 1024
 _KILLED = ("2", "3")
 """The exit codes of systemd that stand for a signal, without and with a core dump."""
 _FOLDER_BITS = stat.S_IROTH | stat.S_IXOTH
+_FILES = ("active_file", "inactive_file")
+_COMPILED = "compiled"
+
+
+def processes_for(settings: Settings) -> Processes:
+    """Units where the platform has them; else children, and a line that says what that means."""
+    if settings.runner_units:
+        return UnitProcesses(settings)
+    _LOG.warning(
+        "models run as this user: nothing keeps their code from this user's files, its secrets "
+        "and the network, and nothing limits the memory, processes and disk that they take"
+    )
+    return ChildProcesses(settings)
 
 
 class UnitProcesses(Processes):
-    """Runners as instances of `odsp-model_runner@.service`; they outlive a restart of the server."""
+    """Runners as instances of `odsp-model_runner@.service`; they outlive the server's restart."""
 
     def __init__(
         self, settings: Settings, *, helper: Path = _HELPER, groups: Path = _CONTROL_GROUPS
@@ -47,16 +64,17 @@ class UnitProcesses(Processes):
         environment = spec.python.parent.parent
         if (spec.files.parent, environment.parent) != (self._models, self._environments):
             raise ValueError(f"{spec} is not made of folders of the server's state")
+        compile_modules(environment)
         for folder in (spec.files, environment):
             let_others_read(folder)
-        answer = self._ask(f"start {name} {spec.flavor} {spec.files.name} {environment.name}")
-        if answer:
-            raise ModelNotLoadableError(f"The model's process cannot be started: {answer}")
+        self._ask(f"start {name} {spec.flavor} {spec.files.name} {environment.name}")
 
     def stop(self, name: str, timeout: float) -> None:
-        """Have the unit stopped; after the seconds that the unit allows, systemd kills it."""
-        if answer := self._ask(f"stop {name}", timeout):
-            raise OSError(f"the runner {name} cannot be stopped: {answer}")
+        """Have the unit stopped; after the seconds that the unit allows, systemd kills it.
+
+        Raises `RunnerUnavailableError` where the helper does not answer.
+        """
+        self._ask(f"stop {name}", timeout)
 
     def ended(self, name: str) -> str | None:
         """Why the unit failed, as systemd keeps it until the next start or stop."""
@@ -81,7 +99,9 @@ class UnitProcesses(Processes):
         ):
             try:
                 used = int((group / usage).read_text())
-                counts = dict(line.split() for line in (group / "memory.stat").open())
+                counts = dict(
+                    line.split() for line in (group / "memory.stat").read_text().splitlines()
+                )
             except OSError:
                 continue
             # Version 1 counts the groups below only in what it calls total.
@@ -89,22 +109,22 @@ class UnitProcesses(Processes):
             return max(0, used - sum(map(int, files)))
         return None
 
-    def _ask(self, request: str, patience: float = 0) -> str:
-        """Ask the helper; empty when it was done, else its sentence."""
+    def _ask(self, request: str, patience: float = 0) -> None:
+        """Have the helper do something; it takes as long as the runner takes to end."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(patience + _HELPER_SECONDS)
                 connection.connect(str(self._helper))
                 connection.sendall(f"{request}\n".encode("ascii"))
-                connection.shutdown(socket.SHUT_WR)
                 with connection.makefile("rb") as lines:
                     answer = lines.read(_LONGEST_ANSWER).decode(errors="replace").strip()
         except OSError as error:
-            return f"odsp-model_runnerd does not answer ({error})."
-        return "" if answer == "ok" else answer.removeprefix("no ") or "odsp-model_runnerd failed."
-
-
-_FILES = ("active_file", "inactive_file")
+            raise RunnerUnavailableError(
+                f"Models cannot be started or stopped; odsp-model_runnerd does not answer: {error}."
+            ) from error
+        if answer != "ok":
+            sentence = answer.removeprefix("no ") or "odsp-model_runnerd failed."
+            raise ModelNotLoadableError(f"The model's process cannot be changed: {sentence}")
 
 
 def reason(properties: dict[str, str]) -> str | None:
@@ -120,6 +140,35 @@ def reason(properties: dict[str, str]) -> str | None:
         return signal.Signals(int(status)).name
     except ValueError:
         return f"signal {status}"
+
+
+def compile_modules(environment: Path) -> None:
+    """Compile an environment's modules once, as no runner may write there.
+
+    By the server's interpreter without its site: nothing that a package brings is run by that.
+    """
+    mark = environment / _COMPILED
+    if mark.exists():
+        return
+    # Modules for other versions of Python cannot be compiled, and need not be.
+    subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-m",
+            "compileall",
+            "-q",
+            "-q",
+            "-j",
+            "0",
+            environment / "lib",
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    mark.touch()
 
 
 def let_others_read(folder: Path) -> None:

@@ -133,7 +133,7 @@ def unmount(target: Path) -> bool:
 def systemctl(verb: str, *units: str, must: bool = True) -> None:
     """Have systemd do something."""
     done = subprocess.run(
-        ["systemctl", "--quiet", verb, *units],
+        ["systemctl", verb, *units],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
