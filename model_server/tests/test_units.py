@@ -11,7 +11,13 @@ import pytest
 from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
 from model_server.processes import RunnerSpec
 from model_server.settings import Settings
-from model_server.units import UnitProcesses, let_others_read, processes_for, reason
+from model_server.units import (
+    UnitProcesses,
+    compile_modules,
+    let_others_read,
+    processes_for,
+    reason,
+)
 
 NAME = "0123456789abcdef-s"
 MODEL, ENVIRONMENT = "a" * 32, "b" * 32
@@ -167,23 +173,26 @@ def test_memory_of_a_runner(
     assert units.memory(NAME) == 60
 
 
-def test_modules_are_compiled_once_and_nothing_of_theirs_is_run(
-    units: UnitProcesses, spec: RunnerSpec, tmp_path: Path
-) -> None:
+def test_modules_are_compiled_once_and_nothing_of_theirs_is_run(tmp_path: Path) -> None:
     """A package's code runs in runners only, which find its byte code but cannot write it."""
-    packages = spec.python.parent.parent / "lib/python3/site-packages"
+    packages = tmp_path / "environment/lib/python3/site-packages"
     packages.mkdir(parents=True)
     (packages / "good.py").write_text("1 + 1")
     (packages / "bad.py").write_text("print 'an older Python'")
     (packages / "evil.pth").write_text(f"import pathlib; pathlib.Path('{tmp_path}/ran').touch()")
-    for _ in range(2):
-        (tmp_path / "helper.sock").unlink(missing_ok=True)
-        with helper(tmp_path / "helper.sock", "ok\n"):
-            units.start(NAME, spec)
-        (packages / "late.py").touch()
-    compiled = {path.name.split(".")[0] for path in (packages / "__pycache__").iterdir()}
-    assert compiled == {"good"}
+    compile_modules(tmp_path / "environment")
+    (packages / "late.py").touch()
+    compile_modules(tmp_path / "environment")
+    compiled = list((packages / "__pycache__").iterdir())
+    assert [path.name.split(".")[0] for path in compiled] == ["good"]
+    assert compiled[0].stat().st_mode & 0o004
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_environment_that_is_gone_needs_no_compiling(tmp_path: Path) -> None:
+    """It may be removed at any time."""
+    compile_modules(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_without_units_the_log_says_what_is_not_protected(

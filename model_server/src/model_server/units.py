@@ -4,6 +4,7 @@ The server's account may not start units. It asks a small helper that runs as ro
 and hands a runner nothing but folders of the server's own state (`odsp-model_runnerd.socket`).
 """
 
+import fcntl
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
 from model_server.processes import ChildProcesses, Processes, RunnerSpec
@@ -31,6 +33,7 @@ _KILLED = ("2", "3")
 _FOLDER_BITS = stat.S_IROTH | stat.S_IXOTH
 _FILES = ("active_file", "inactive_file")
 _COMPILED = "compiled"
+_COMPILE = ("/usr/bin/nice", sys.executable, "-I", "-S", "-m", "compileall", "-qq")
 
 
 def processes_for(settings: Settings) -> Processes:
@@ -64,10 +67,11 @@ class UnitProcesses(Processes):
         environment = spec.python.parent.parent
         if (spec.files.parent, environment.parent) != (self._models, self._environments):
             raise ValueError(f"{spec} is not made of folders of the server's state")
-        compile_modules(environment)
         for folder in (spec.files, environment):
             let_others_read(folder)
         self._ask(f"start {name} {spec.flavor} {spec.files.name} {environment.name}")
+        # Beside the load, not before it: the first runner does without.
+        Thread(target=compile_modules, args=[environment], daemon=True).start()
 
     def stop(self, name: str, timeout: float) -> None:
         """Have the unit stopped; after the seconds that the unit allows, systemd kills it.
@@ -148,27 +152,35 @@ def compile_modules(environment: Path) -> None:
     By the server's interpreter without its site: nothing that a package brings is run by that.
     """
     mark = environment / _COMPILED
-    if mark.exists():
-        return
-    # Modules for other versions of Python cannot be compiled, and need not be.
-    subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            "-m",
-            "compileall",
-            "-q",
-            "-q",
-            "-j",
-            "0",
-            environment / "lib",
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        check=False,
-    )
-    mark.touch()
+    try:
+        descriptor = os.open(environment, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if mark.exists():
+                return
+            # Modules for other versions of Python cannot be compiled, and need not be.
+            subprocess.run(
+                [
+                    "nice",
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-m",
+                    "compileall",
+                    "-qq",
+                    environment / "lib",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                check=False,
+            )
+            let_others_read(environment)
+            mark.touch()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Another one is at it, or the environment is being removed; runners do without.
+        _LOG.debug("environment not compiled", extra={"reason": str(error)})
 
 
 def let_others_read(folder: Path) -> None:
