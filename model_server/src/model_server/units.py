@@ -160,16 +160,7 @@ def compile_modules(environment: Path) -> None:
                 return
             # Modules for other versions of Python cannot be compiled, and need not be.
             subprocess.run(
-                [
-                    "nice",
-                    sys.executable,
-                    "-I",
-                    "-S",
-                    "-m",
-                    "compileall",
-                    "-qq",
-                    environment / "lib",
-                ],
+                [*_COMPILE, environment / "lib"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 check=False,
