@@ -236,7 +236,7 @@ def hostile(server: Client, tracking: Client, trained: dict[str, Any]) -> None:
 def limits_hold(host: Any) -> None:
     """Fail unless this host heeds the limits of units at all: some containers do not."""
     run = "systemd-run --quiet --wait --pipe --property"
-    eat = host.run(f"{run} MemoryMax=64M python3 -c 'print(len(b"x" * 2**28))'")
+    eat = host.run(f"{run} MemoryMax=64M python3 -c 'print(len(bytes([1]) * 2**28))'")
     assert eat.rc != 0, f"MemoryMax is not heeded here: {eat.stdout}"
     fork = host.run(f"{run} TasksMax=5 sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 1 & done'")
     assert "fork" in fork.stderr.lower(), f"TasksMax is not heeded here: {fork.stderr}"
