@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from light_models import Shelf, write_uv
 from model_server.settings import Settings
 from registry_server import RegistryServer
 
@@ -139,4 +140,21 @@ def settings(tmp_path: Path, registry_server: RegistryServer, uv_log: Path) -> S
         load_timeout_seconds=60,
         predict_timeout_seconds=20,
         stop_timeout_seconds=2,
+    )
+
+
+@pytest.fixture
+def shelf(registry_server: RegistryServer, tmp_path: Path) -> Shelf:
+    return Shelf(registry_server, tmp_path / "shelf")
+
+
+@pytest.fixture
+def light(settings: Settings, tmp_path: Path) -> Settings:
+    """Settings for models of one short file; the catalog may be shared by several hosts."""
+    return Settings(
+        **settings.model_dump()
+        | {
+            "uv": str(write_uv(tmp_path)),
+            "database_url": f"sqlite:///{tmp_path / 'catalog.sqlite'}",
+        }
     )

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from conftest import TrainedModels
 from model_server import create_app
 from model_server.catalog import Catalog
+from model_server.processes import ChildProcesses
 from model_server.registry import ModelVersion
 from model_server.runners import Runner
 from model_server.settings import Settings
@@ -43,7 +44,8 @@ def _wait_until_ready(client: TestClient) -> None:
 
 
 def _process(settings: Settings, name: str, flavor: str, version: int) -> int | None:
-    return Runner(settings, name, flavor, version).process_id()
+    processes = ChildProcesses(settings)
+    return processes.process_id(Runner(settings, processes, name, flavor, version).name)
 
 
 def test_the_start_leads_to_the_docs(empty: TestClient, settings: Settings) -> None:

@@ -48,11 +48,19 @@ def test_dates_bytes_and_missing_values_are_cast() -> None:
     assert frame["x"].dtype == np.float32
 
 
-def test_nothing_is_lost_silently() -> None:
-    frame = model_input([[1.5, 1.5], [1, 2**40]], columns=COLUMNS)
-    assert frame["b"].dtype == np.float64
-    assert model_input([[1, 2**40]], columns=COLUMNS)["b"].dtype == np.int64
-    assert model_input([["1.5", 1]], columns=COLUMNS)["a"].dtype.kind not in "if"
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    assert model_input([[1, 2.0]], columns=COLUMNS)["b"].tolist() == [2]
+    assert model_input([[2.0**40]], columns=[Column("n", "long")])["n"].tolist() == [2**40]
+
+
+def test_a_column_of_a_double_may_be_partly_missing() -> None:
+    frame = model_input([[None, 1], [2, 1]], columns=COLUMNS)
+    assert np.isnan(frame["a"][0])
+    assert frame["a"][1] == 2.0
+
+
+def test_numbers_and_texts_together_stay_what_they_are() -> None:
+    assert model_input([["a", 1.5]]).tolist() == [["a", 1.5]]
 
 
 def test_one_column_may_come_as_single_values() -> None:
@@ -61,8 +69,13 @@ def test_one_column_may_come_as_single_values() -> None:
 
 
 def test_dtype_casts_frames_too() -> None:
-    frame = model_input([["1", 2]], dtype="float64", columns=COLUMNS)
+    frame = model_input([["1", 2]], dtype="float64", columns=[Column("a"), Column("b")])
     assert frame.dtypes.tolist() == [np.float64, np.float64]
+
+
+def test_the_signature_comes_after_the_dtype() -> None:
+    frame = model_input([["1", 2]], dtype="float32", columns=COLUMNS)
+    assert frame.dtypes.tolist() == [np.float64, np.int32]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +95,27 @@ def test_dtype_casts_frames_too() -> None:
         ([[1]], {"dtype": "object"}, "dtype 'object' is not allowed"),
         ([[1]], {"dtype": "O"}, "is not allowed"),
         ([[1]], {"dtype": "i4,f4"}, "is not allowed"),
+        ([["a"]], {"dtype": "S2000000000"}, "is not allowed"),
         ([[1]], {"dtype": "decimal"}, "dtype 'decimal' is no numpy type"),
-        ([[1, 2, 3]], {"columns": COLUMNS}, "have 3 values, but the model takes 2: a, b"),
-        ([["no"]], {"columns": [Column("d", "datetime")]}, "Column 'd' of data cannot become date"),
-        ([["?"]], {"columns": [Column("r", "binary")]}, "Column 'r' of data cannot become binary"),
+        ([[1]], {"dtype": 300 * "x"}, r"dtype 'x{60}\.\.\.' is no numpy type"),
+        ([[1e999]], {}, "data holds a number too big for a float64"),
+        ([[2**70]], {}, "whole number beyond 64 bits"),
+        ([[2**70, None]], {}, "whole number beyond 64 bits"),
+        ([[10**400]], {"dtype": "float64"}, "too large to convert to float"),
+        ([{"a": 1e999}], {}, "Column 'a' of data holds a number too big"),
+        ([[1e999, 1]], {"columns": COLUMNS}, "Column 'a' of data holds a number too big"),
+        ([[1, 2, 3]], {"columns": COLUMNS}, "have 3 values, but the model takes 2: 'a', 'b'"),
+        ([["1.5", 1]], {"columns": COLUMNS}, r"Column 'a' of data must hold numbers \(double"),
+        ([[True, 1]], {"columns": COLUMNS}, r"Column 'a' of data must hold numbers \(double"),
+        ([[1, 1.5]], {"columns": COLUMNS}, "Column 'b' of data must hold whole numbers of 32 bits"),
+        ([[1, 2**40]], {"columns": COLUMNS}, "Column 'b' of data must hold whole numbers of 32 bi"),
+        ([[1, None]], {"columns": COLUMNS}, "Column 'b' of data must hold whole numbers of 32 bi"),
+        ([[2.0**63]], {"columns": [Column("n", "long")]}, "must hold whole numbers of 64 bits"),
+        ([[2**63]], {"columns": [Column("n", "long")]}, "must hold whole numbers of 64 bits"),
+        ([[1]], {"columns": [Column("t", "string")]}, "Column 't' of data must hold texts"),
+        ([["no"]], {"columns": [Column("d", "datetime")]}, "Column 'd' of data must hold dates"),
+        ([[5]], {"columns": [Column("d", "datetime")]}, "Column 'd' of data must hold dates"),
+        ([["?"]], {"columns": [Column("r", "binary")]}, "Column 'r' of data must hold bytes"),
     ],
 )
 def test_data_that_does_not_fit_is_explained(

@@ -1,6 +1,8 @@
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from conftest import TrainedModels
 from model_server.runner.inputs import InputError
 from model_server.runner.model import Model, ModelError, load_model
+from model_server.runner.native import read_native
+from model_server.runner.values import NoJsonFormError
 
 # What MLflow and scikit-learn warn of inside a model's process is for its log.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -25,7 +29,9 @@ def load(trained: TrainedModels) -> Load:
 
 
 def _ask(model: Model, data: list[Any], **options: Any) -> Any:
-    return json.loads(model.predict(json.dumps({"data": data, **options}).encode()))["prediction"]
+    question = read_native(json.dumps({"data": data, **options}).encode())
+    prediction = model.predict(question.data, question.function, question.dtype, question.params)
+    return json.loads(question.reply(prediction))["prediction"]
 
 
 @pytest.mark.parametrize("flavor", ["pyfunc", "sklearn"])
@@ -98,18 +104,13 @@ def test_a_request_that_does_not_fit_the_model_is_explained(
     load: Load, name: str, flavor: str, request_: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence):
-        load(name, flavor).predict(json.dumps(request_).encode())
-
-
-def test_a_request_that_is_no_json_is_refused(load: Load) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        load("tree", "sklearn").predict(b"{")
+        _ask(load(name, flavor), **request_)
 
 
 def test_an_error_of_the_model_is_its_own(load: Load) -> None:
     with pytest.raises(ModelError, match="RuntimeError: this number is too much"):
         _ask(load("fragile", "pyfunc"), [[-2]])
-    with pytest.raises(ModelError, match="no JSON form"):
+    with pytest.raises(NoJsonFormError, match="no JSON form"):
         _ask(load("fragile", "pyfunc"), [[-3]])
     with pytest.raises(InputError, match="has no predict_proba"):
         _ask(load("fragile", "pyfunc"), [[1]], predict_function="predict_proba")
@@ -118,3 +119,14 @@ def test_an_error_of_the_model_is_its_own(load: Load) -> None:
 def test_a_model_without_the_flavor_is_not_loaded(trained: TrainedModels) -> None:
     with pytest.raises(ModelError, match="cannot be loaded as sklearn"):
         load_model(trained.folder / "fragile", "sklearn")
+
+
+def test_a_model_may_opt_out_of_batching(
+    trained: TrainedModels, load: Load, tmp_path: Path
+) -> None:
+    assert load("tree", "sklearn").batching
+    shutil.copytree(trained.folder / "tree", tmp_path / "tree")
+    with (tmp_path / "tree" / "MLmodel").open("a") as mlmodel:
+        mlmodel.write("\nmetadata:\n  batching: false\n")
+    assert not load_model(tmp_path / "tree", "sklearn").batching
+    assert not load_model(tmp_path / "tree", "pyfunc").batching

@@ -1,16 +1,19 @@
-import contextlib
 import json
+import shutil
 import socket
-import time
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import TrainedModels
-from model_server.runner import wire
-from model_server.runner.process import RunnerProcess
+from model_server.runner import process, wire
+from model_server.runner.process import RunnerProcess, inherited_listener
 
 # What MLflow warns of inside a model's process is for its log.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -24,62 +27,162 @@ def address(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def threads(address: Path) -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-        # Also after a failure: whoever waits for the model must end.
-        with contextlib.suppress(OSError, EOFError):
-            _ask(address, wire.STOP)
+def listener(address: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        yield listener
 
 
-def _ask(address: Path, kind: bytes, content: bytes = b"") -> tuple[bytes, bytes]:
+@contextmanager
+def _connected(address: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
         connection.connect(str(address))
-        connection.sendall(wire.pack(kind, content))
-        return wire.receive(connection)
+        yield connection
 
 
-def test_what_was_asked_before_the_stop_is_answered(
-    threads: ThreadPoolExecutor, trained: TrainedModels, address: Path
+def _frames(connection: socket.socket, count: int) -> list[tuple[bytes, bytes]]:
+    reader = wire.FrameReader()
+    frames: list[tuple[bytes, bytes]] = []
+    while len(frames) < count:
+        piece = connection.recv(1 << 16)
+        if not piece:
+            raise EOFError
+        frames += reader.feed(piece)
+    return frames
+
+
+def _prediction(frame: tuple[bytes, bytes]) -> Any:
+    kind, content = frame
+    assert kind == wire.ANSWER, content
+    return json.loads(wire.unpack_answer(content)[1])["prediction"]
+
+
+def _refusal(frame: tuple[bytes, bytes]) -> Any:
+    kind, content = frame
+    assert kind == wire.REFUSAL
+    return json.loads(content)
+
+
+@contextmanager
+def _loaded(listener: socket.socket, folder: Path, flavor: str) -> Iterator[threading.Thread]:
+    """A runner with a model, and the thread in which it shall answer."""
+    runner = RunnerProcess(listener)
+    thread = threading.Thread(target=runner.serve)
+    try:
+        assert runner.load(folder, flavor)
+        yield thread
+        runner.end()
+        thread.join(60)
+        assert not thread.is_alive()
+    finally:
+        runner.close()
+
+
+def _problem(listener: socket.socket, address: Path, folder: Path, flavor: str) -> Any:
+    """What somebody who waits for the model is told."""
+    runner = RunnerProcess(listener)
+    with _connected(address) as connection:
+        connection.sendall(wire.pack(wire.DESCRIBE))
+        assert not runner.load(folder, flavor)
+        (frame,) = _frames(connection, 1)
+    runner.close()
+    refusal = _refusal(frame)
+    assert refusal["kind"] == wire.LOAD_ERROR
+    return refusal
+
+
+def test_what_was_asked_before_the_end_is_answered_in_order(
+    listener: socket.socket, address: Path, trained: TrainedModels
 ) -> None:
-    runner = RunnerProcess(address)
-    # Asked before the model is even loaded: everybody waits, nobody is lost.
-    asked = [threads.submit(_ask, address, wire.PREDICT, ROW) for _ in range(4)]
-    described = threads.submit(_ask, address, wire.DESCRIBE)
-    time.sleep(0.2)
-    status: Future[int] = threads.submit(runner.serve, trained.folder / "fragile", "pyfunc")
-    assert described.result(60) == (wire.ANSWER, b"")
-    assert _ask(address, wire.STOP) == (wire.ANSWER, b"")
-    assert status.result(60) == 0
-    for kind, content in (one.result(60) for one in asked):
-        assert kind == wire.ANSWER
-        assert json.loads(content)["prediction"]["doubled"] == [[42]]
+    with _connected(address) as one, _connected(address) as other:
+        # Asked before the model is even loaded: everybody waits, nobody is lost.
+        one.sendall(wire.pack(wire.DESCRIBE) + wire.pack(wire.PREDICT, ROW))
+        one.sendall(wire.pack(wire.PREDICT, b'{"data": [[1]]}') + wire.pack(wire.PREDICT, b"["))
+        other.sendall(wire.pack(b"?") + wire.pack(wire.PREDICT, b'{"data": [[-2]]}'))
+        other.sendall(wire.pack(wire.PREDICT, b'{"data": [[2], [3]]}'))
+        with _loaded(listener, trained.folder / "fragile", "pyfunc") as thread:
+            thread.start()
+        described, first, second, third = _frames(one, 4)
+        assert json.loads(described[1])["flavor"] == "pyfunc"
+        assert _prediction(first)["doubled"] == [[42]]
+        assert _prediction(second)["doubled"] == [[2]]
+        assert _refusal(third)["kind"] == wire.INPUT_ERROR
+        unknown, failed, last = _frames(other, 3)
+        assert "no frame b'?'" in _refusal(unknown)["message"]
+        assert _refusal(failed) == {
+            "kind": wire.MODEL_ERROR,
+            "message": "The model failed: RuntimeError: this number is too much",
+        }
+        assert _prediction(last)["doubled"] == [[4], [6]]
+        assert wire.unpack_answer(last[1])[0] == 2
 
 
-def test_a_bad_request_is_refused_and_the_next_one_answered(
-    threads: ThreadPoolExecutor, trained: TrainedModels, address: Path
+def test_whoever_hangs_up_or_talks_nonsense_harms_nobody(
+    listener: socket.socket,
+    address: Path,
+    trained: TrainedModels,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    status = threads.submit(RunnerProcess(address).serve, trained.folder / "fragile", "pyfunc")
-    for body, kind in ((b"[", "input"), (b'{"data": [[-2]]}', "model"), (b"{}", "input")):
-        sign, content = _ask(address, wire.PREDICT, body)
-        assert (sign, json.loads(content)["kind"]) == (wire.REFUSAL, kind)
-    assert _ask(address, wire.PREDICT, ROW)[0] == wire.ANSWER
-    _ask(address, wire.STOP)
-    assert status.result(60) == 0
+    monkeypatch.setattr(process, "_SEND_SECONDS", 0.2)
+    many = wire.pack(wire.PREDICT, json.dumps({"data": 1000 * trained.rows}).encode())
+    with _loaded(listener, trained.folder / "tree", "sklearn") as thread:
+        with _connected(address) as gone:
+            gone.sendall(many)
+        thread.start()
+        with _connected(address) as liar, _connected(address) as deaf, _connected(address) as good:
+            liar.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert liar.recv(1) == b""
+            # Asks and asks, and never reads an answer.
+            deaf.settimeout(20)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                deaf.sendall(1000 * many)
+            good.sendall(wire.pack(wire.PREDICT, json.dumps({"data": trained.rows}).encode()))
+            (answer,) = _frames(good, 1)
+            assert _prediction(answer) == trained.predictions["tree"]
 
 
-def test_a_problem_is_told_before_the_end(
-    threads: ThreadPoolExecutor, address: Path, tmp_path: Path
+def test_a_problem_is_told_with_its_last_lines(
+    listener: socket.socket, address: Path, tmp_path: Path
 ) -> None:
-    status = threads.submit(RunnerProcess(address).serve, tmp_path, "pyfunc")
-    sign, content = _ask(address, wire.DESCRIBE)
-    assert sign == wire.REFUSAL
-    assert "cannot be loaded as pyfunc" in json.loads(content)["message"]
-    assert status.result(60) == 1
+    problem = _problem(listener, address, tmp_path, "pyfunc")
+    assert "cannot be loaded as pyfunc" in problem["message"]
+    assert "MLmodel" in problem["lines"][-1]
 
 
-def test_only_its_owner_may_open_the_socket(address: Path) -> None:
-    runner = RunnerProcess(address)
-    runner._listener.close()
-    assert address.stat().st_mode & 0o777 == 0o600
+def test_nobody_who_asks_is_waited_for_only_so_long(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.1)
+    runner = RunnerProcess(listener)
+    assert not runner.load(tmp_path, "pyfunc")
+    runner.close()
+
+
+def test_an_example_that_the_model_fails_with_is_a_failed_load(
+    listener: socket.socket, address: Path, trained: TrainedModels, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained.folder / "tree", tmp_path / "tree")
+    (folder / "serving_input_example.json").write_text('{"inputs": [[1.0, 2.0]]}')
+    problem = _problem(listener, address, folder, "sklearn")
+    assert "fails with its own input example" in problem["message"]
+    assert "4 features" in problem["message"]
+
+
+def test_a_runner_is_not_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    monkeypatch.setenv("LISTEN_PID", "1")
+    with pytest.raises(SystemExit, match="started with its socket"):
+        inherited_listener()
+
+
+def test_the_runner_needs_nothing_but_the_standard_library() -> None:
+    program = Path(process.__file__).parent / "__main__.py"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", program, "folder", "pyfunc"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "started with its socket" in done.stderr

@@ -1,26 +1,20 @@
 """Put the application together; the only place that does."""
 
-import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
+from model_server import docs, metrics, open_inference, routes
 from model_server.catalog import Catalog
 from model_server.environments import Environments
-from model_server.errors import STATUS_CODES, ModelServerError
+from model_server.fastpath import FastPath
+from model_server.log import Observed
+from model_server.problems import add_problem_handlers
 from model_server.registry import ModelRegistry
-from model_server.routes import describe, router
 from model_server.serving import ModelServing
 from model_server.settings import Settings
 from model_server.units import processes_for
-
-_UNAVAILABLE = 503
-_NO_ROOM = 507
-_INVALID = 422
-_RETRY_AFTER_SECONDS = "2"
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -38,12 +32,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         serving.start()
+        metrics.count_worker()
         yield
         serving.stop()
 
     app = FastAPI(
         title="Model server",
         summary="Predictions of the models in the MLflow registry",
+        description=docs.DESCRIPTION,
         lifespan=lifespan,
         # Behind a door that strips a prefix, all addresses start with it. FastAPI's own root_path
         # would also strip it from a model of the same name.
@@ -54,26 +50,11 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.serving = serving
-    app.include_router(router)
-    app.add_exception_handler(ModelServerError, _tell_error)
-    app.add_exception_handler(RequestValidationError, _tell_invalid)
-    app.add_exception_handler(OSError, _tell_full_disk)
+    app.include_router(docs.router)
+    app.include_router(open_inference.router)
+    app.include_router(routes.router)
+    # The one that is added last comes first.
+    app.add_middleware(FastPath, serving=serving, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Observed, user_header=settings.user_header)
+    add_problem_handlers(app)
     return app
-
-
-async def _tell_error(_: Request, error: Exception) -> JSONResponse:
-    status = next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
-    headers = {"Retry-After": _RETRY_AFTER_SECONDS} if status == _UNAVAILABLE else None
-    return JSONResponse({"detail": str(error)}, status, headers)
-
-
-async def _tell_invalid(_: Request, error: Exception) -> JSONResponse:
-    problems = error.errors() if isinstance(error, RequestValidationError) else []
-    return JSONResponse({"detail": describe(problems)}, _INVALID)
-
-
-async def _tell_full_disk(_: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        raise error
-    detail = "The model server's disk is full; make room on it, then ask again."
-    return JSONResponse({"detail": detail}, _NO_ROOM)

@@ -1,16 +1,18 @@
 """Turn a model's requirements into a virtual environment, kept under their digest."""
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-from packaging.requirements import InvalidRequirement, Requirement
+from typing import Protocol
 
 from model_server.errors import (
     DeadlineExceededError,
@@ -18,36 +20,114 @@ from model_server.errors import (
     ModelNotLoadableError,
 )
 from model_server.locks import exclusive
+from model_server.requirements import CONSTRAINTS, named_in, read_requirements
 from model_server.settings import PYTHON_VERSION, Settings
 
 _LOG = logging.getLogger(__name__)
 
-_CONSTRAINTS = "constraints.txt"
 _PASSED_ON = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LINES_SHOWN = 12
 _UNREACHABLE = ("Failed to fetch", "error sending request", "Request failed after")
+_NO_ROOM = ("No space left on device", "os error 28", "Disk quota exceeded")
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a run of uv ended: its exit status and what it wrote to standard error."""
+
+    status: int
+    stderr: str
+
+
+class Builder(Protocol):
+    """Runs uv, which may run a package's own code where source builds are allowed."""
+
+    def run_uv(
+        self, arguments: list[str], folder: Path, deadline: float, environment: dict[str, str]
+    ) -> Built:
+        """Run uv in a folder, with this environment and nothing else, until the deadline.
+
+        Raises `TimeoutError` past the deadline (of `time.monotonic`) with no process left, and
+        `OSError` where uv cannot be run.
+        """
+
+
+class ChildBuilder:
+    """Runs uv as a child of this process, with this process' rights."""
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def run_uv(
+        self, arguments: list[str], folder: Path, deadline: float, environment: dict[str, str]
+    ) -> Built:
+        """Run uv; whatever it has started ends with it."""
+        process = subprocess.Popen(
+            [self._program, *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        with process:
+            try:
+                _, stderr = process.communicate(timeout=max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise TimeoutError from None
+        return Built(process.returncode, stderr)
 
 
 class Environments:
     """The virtual environments under `<state_dir>/environments`, shared by models and workers."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, builder: Builder | None = None) -> None:
         self._settings = settings
+        self._builder = builder or ChildBuilder(settings.uv)
         self._folder = settings.state_dir / "environments"
 
     def python_for(self, model_files: Path, deadline: float) -> Path:
         """The interpreter of the environment for a model, built now if it is the first to ask."""
-        requirements = _read_requirements(model_files / "requirements.txt")
-        constraints = _read_requirements(model_files / _CONSTRAINTS, optional=True)
+        requirements = read_requirements(model_files / "requirements.txt")
+        constraints = read_requirements(model_files / CONSTRAINTS, optional=True)
         identity = "\n".join(
             [PYTHON_VERSION, sys.base_prefix, *requirements, "-c", *constraints]
         ).encode()
         digest = hashlib.sha256(identity).hexdigest()[:32]
         environment = self._folder / digest
-        with exclusive(self._folder / f"{digest}.lock", deadline, "the model's environment"):
+        with exclusive(self._lock(environment), deadline, "the model's environment"):
             if not environment.exists():
                 self._build(environment, requirements, constraints, deadline)
+            # Its time tells when it was used last.
+            os.utime(environment)
         return environment / "bin" / "python"
+
+    def remove_unused(self, in_use: set[Path], oldest: float) -> None:
+        """Remove environments used last before `oldest` (of the epoch), but none of `in_use`."""
+        if not self._folder.exists():
+            return
+        for environment in self._folder.iterdir():
+            if not environment.is_dir() or environment in in_use:
+                continue
+            name = environment.name.partition(".")[0]
+            try:
+                with exclusive(self._lock(self._folder / name), 0.0, "the model's environment"):
+                    if environment.stat().st_mtime < oldest:
+                        # Under another name first: half of one is never used.
+                        stale = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=self._folder))
+                        environment.rename(stale)
+                        shutil.rmtree(stale, ignore_errors=True)
+                        _LOG.info("environment removed", extra={"environment": environment.name})
+            except DeadlineExceededError:
+                # Somebody builds or takes it at this moment.
+                continue
+
+    def _lock(self, environment: Path) -> Path:
+        return environment.with_suffix(".lock")
 
     def _build(
         self, target: Path, requirements: list[str], constraints: list[str], deadline: float
@@ -59,15 +139,19 @@ class Environments:
         try:
             # Relocatable, as it moves to its place when it is complete.
             python = ["--python", sys.executable, "--no-python-downloads"]
-            self._run(["venv", "--quiet", "--relocatable", *python, "."], partial, deadline)
+            self._run(["venv", "--quiet", "--relocatable", *python, "."], partial, deadline, [])
             (partial / "requirements.txt").write_text("\n".join(requirements) + "\n")
-            install = ["pip", "install", "--no-progress", "--python", "bin/python"]
+            install = ["pip", "install", "--no-progress", "--compile-bytecode"]
+            install += ["--python", "bin/python"]
+            if self._settings.wheels_dir:
+                install += ["--no-index", "--find-links", str(self._settings.wheels_dir)]
             if not self._settings.allow_source_builds:
                 install.append("--no-build")
             if constraints:
-                (partial / _CONSTRAINTS).write_text("\n".join(constraints) + "\n")
-                install += ["--constraints", _CONSTRAINTS]
-            self._run([*install, "--requirements", "requirements.txt"], partial, deadline)
+                (partial / CONSTRAINTS).write_text("\n".join(constraints) + "\n")
+                install += ["--constraints", CONSTRAINTS]
+            install += ["--requirements", "requirements.txt"]
+            self._run(install, partial, deadline, requirements)
             # mkdtemp's folder is for its owner only; the runners may have another account.
             partial.chmod(0o755)
             partial.rename(target)
@@ -78,21 +162,14 @@ class Environments:
             extra={"environment": target.name, "seconds": round(time.monotonic() - started, 3)},
         )
 
-    def _run(self, arguments: list[str], folder: Path, deadline: float) -> None:
+    def _run(
+        self, arguments: list[str], folder: Path, deadline: float, requirements: list[str]
+    ) -> None:
         try:
-            done = subprocess.run(
-                [self._settings.uv, "--no-config", *arguments],
-                cwd=folder,
-                env=self._uv_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                timeout=max(deadline - time.monotonic(), 1),
-                check=False,
+            done = self._builder.run_uv(
+                ["--no-config", *arguments], folder, deadline, self._uv_environment()
             )
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             raise DeadlineExceededError(
                 "The model's requirements could not be installed within "
                 f"{self._settings.load_timeout_seconds:g} seconds."
@@ -101,17 +178,21 @@ class Environments:
             raise ModelNotLoadableError(
                 f"The environment builder {self._settings.uv} cannot be run ({error.strerror})."
             ) from error
-        if done.returncode != 0:
-            lines = done.stderr.strip()
-            if self._settings.index_url:
-                lines = lines.replace(self._settings.index_url.get_secret_value(), "<index>")
-            shown = "\n".join(lines.splitlines()[-_LINES_SHOWN:])
-            if any(sign in lines for sign in _UNREACHABLE):
-                raise IndexUnavailableError(f"The package index does not answer. uv said:\n{shown}")
-            raise ModelNotLoadableError(
-                f"The model's requirements cannot be installed for Python {PYTHON_VERSION}. "
-                f"uv said:\n{shown}"
-            )
+        if done.status == 0:
+            return
+        lines = done.stderr.strip()
+        if self._settings.index_url:
+            lines = lines.replace(self._settings.index_url.get_secret_value(), "<index>")
+        shown = "\n".join(lines.splitlines()[-_LINES_SHOWN:])
+        if any(sign in lines for sign in _NO_ROOM):
+            raise OSError(errno.ENOSPC, "no room for the model's environment", str(self._folder))
+        if any(sign in lines for sign in _UNREACHABLE):
+            raise IndexUnavailableError(f"The package index does not answer. uv said:\n{shown}")
+        named = ", ".join(named_in(lines, requirements))
+        raise ModelNotLoadableError(
+            f"The model's requirements{f' ({named})' if named else ''} cannot be installed for "
+            f"Python {PYTHON_VERSION}. uv said:\n{shown}"
+        )
 
     def _uv_environment(self) -> dict[str, str]:
         """What uv gets: installing may run somebody else's code, so no secret of ours is in it."""
@@ -130,33 +211,3 @@ class Environments:
                 if spelling in os.environ:
                     environment[spelling] = os.environ[spelling]
         return environment
-
-
-def _read_requirements(file: Path, *, optional: bool = False) -> list[str]:
-    """The requirements in a file, refusing every line that is more than a name and versions."""
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
-        if optional:
-            return []
-        raise ModelNotLoadableError(
-            "The model was stored without a requirements.txt; log it with MLflow's log_model."
-        ) from None
-    except UnicodeDecodeError:
-        raise ModelNotLoadableError(f"The model's {file.name} is not text.") from None
-    requirements = []
-    for raw in text.splitlines():
-        line = raw.partition(" #")[0].strip()
-        if not line or line.startswith("#") or line.split() == ["-c", _CONSTRAINTS]:
-            continue
-        try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            requirement = None
-        if requirement is None or requirement.url:
-            raise ModelNotLoadableError(
-                f"The model's {file.name} has the line {line!r}; only package names with versions "
-                "are allowed, no files, addresses or options."
-            )
-        requirements.append(str(requirement))
-    return requirements

@@ -13,6 +13,10 @@ class BodyTooLargeError(ModelServerError):
     """The request is larger than allowed."""
 
 
+class UnsupportedBodyError(ModelServerError):
+    """The request's body is packed in a way that is not taken."""
+
+
 class ModelNotFoundError(ModelServerError):
     """The registry knows no such model, version or alias."""
 
@@ -23,6 +27,14 @@ class ModelNotLoadedError(ModelServerError):
 
 class ModelNotLoadableError(ModelServerError):
     """The model's files or requirements cannot be turned into a running model."""
+
+
+class ModelNotReadyError(ModelServerError):
+    """The model shall be loaded and does not run yet, or not for now."""
+
+
+class MemoryBudgetError(ModelServerError):
+    """The memory for models has no room for one more."""
 
 
 class ModelFailedError(ModelServerError):
@@ -64,9 +76,12 @@ class CatalogUnavailableError(ModelServerError):
 STATUS_CODES: dict[type[ModelServerError], int] = {
     InvalidRequestError: 422,
     BodyTooLargeError: 413,
+    UnsupportedBodyError: 415,
     ModelNotFoundError: 404,
     ModelNotLoadedError: 404,
     ModelNotLoadableError: 422,
+    ModelNotReadyError: 503,
+    MemoryBudgetError: 507,
     ModelFailedError: 500,
     RunnerEndedError: 503,
     RunnerBusyError: 503,
@@ -78,3 +93,8 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     CatalogUnavailableError: 503,
 }
 """The one place where an error becomes a status; 503 also tells the client when to try again."""
+
+
+def status_of(error: ModelServerError) -> int:
+    """The status code of an error, also of one that is a kind of another."""
+    return next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)

@@ -2,47 +2,57 @@
 
 import asyncio
 import logging
-import re
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from threading import Event, Thread
+from typing import Any
 
+from model_server import metrics
 from model_server.catalog import Catalog, CatalogEntry
 from model_server.environments import Environments
 from model_server.errors import (
     CatalogUnavailableError,
-    ModelNotLoadableError,
     ModelNotLoadedError,
+    ModelNotReadyError,
     ModelServerError,
     RunnerEndedError,
 )
+from model_server.host import ModelHost, being_a_worker
+from model_server.keeping import Keeper
+from model_server.known import KnownCatalog
 from model_server.processes import ChildProcesses, Processes, serving
 from model_server.registry import ModelRegistry, ModelVersion, version_number
 from model_server.runner import wire
 from model_server.runners import Runner, RunnerNotRunningError
 from model_server.schemas import LoadedModel, ModelFlavor, ModelState
-from model_server.settings import PYTHON_VERSION, Settings
+from model_server.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 
 _LOADS_AT_ONCE = 8
-_RETRY_SECONDS = 2.0
-_PYTHON_OF_MODEL = re.compile(r"^\s+python_version:\s*['\"]?(\d+\.\d+)", re.MULTILINE)
+_TOUCH_SECONDS = 1.0
+_HOSTS_SECONDS = 5.0
+_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The JSON body of an answer, and what it is about."""
+    """The JSON for the caller, and what it took to make it."""
 
     body: bytes
     version: int
     rows: int
+
+
+class _Handle:
+    """This worker's connections to one runner, and when it last told that they are used."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.touched = 0.0
 
 
 class ModelServing:
@@ -56,46 +66,51 @@ class ModelServing:
         environments: Environments,
         processes: Processes | None = None,
     ) -> None:
+        processes = processes or ChildProcesses(settings)
         self._settings = settings
         self._catalog = catalog
         self._registry = registry
-        self._environments = environments
-        self._processes = processes or ChildProcesses(settings)
-        self._runners: dict[tuple[str, str, int], Runner] = {}
-        self._under_way: dict[tuple[str, ...], asyncio.Future[LoadedModel | None]] = {}
+        self._known = KnownCatalog(settings.state_dir / "known.json", settings.sockets)
+        self._host = ModelHost(settings, processes, registry, environments)
+        self._keeper = Keeper(
+            settings,
+            catalog=catalog,
+            known=self._known,
+            registry=registry,
+            environments=environments,
+            host=self._host,
+        )
+        self._handles: dict[tuple[ModelVersion, str], _Handle] = {}
+        self._under_way: dict[tuple[str, ...], asyncio.Future[Any]] = {}
         self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load")
-        self._stopping = Event()
-        self._restored = Event()
         self._held = ExitStack()
 
     def start(self) -> None:
         """Begin to bring back, in the background, what shall be loaded."""
         self._held.enter_context(serving(self._settings))
-        Thread(target=self._restore, name="restore", daemon=True).start()
+        self._held.enter_context(
+            being_a_worker(self._settings.sockets, self._keeper.forget_service)
+        )
+        self._keeper.start()
 
     def stop(self) -> None:
         """Let go of everything; the runners end when no worker is left."""
-        self._stopping.set()
+        self._keeper.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for runner in self._runners.values():
-            runner.close()
+        for handle in self._handles.values():
+            handle.runner.close()
         self._registry.close()
         self._catalog.close()
         self._held.close()
 
     def is_ready(self) -> bool:
-        """Whether this worker has tried to bring back everything that shall be loaded."""
-        return self._restored.is_set()
+        """Whether everything that shall be loaded was tried to be brought back."""
+        return self._keeper.is_ready()
 
     async def load(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
         """Load what the registry means by a version or alias now."""
-        loaded = await self._once(
-            ("load", name, flavor, version_or_alias),
-            partial(self._load, name, flavor, version_or_alias),
-        )
-        if loaded is None:
-            raise AssertionError("a load ends with a model or an error")
-        return loaded
+        entry = await self._load_once(name, flavor, version_or_alias)
+        return await asyncio.to_thread(self._seen, entry)
 
     async def predict(
         self,
@@ -107,60 +122,104 @@ class ModelServing:
         kind: bytes = wire.PREDICT,
     ) -> Predicted:
         """Answer a prediction request, loading the model first where it is not."""
-        version = version_number(version_or_alias)
-        if version is None:
-            version = await asyncio.to_thread(
-                self._catalog.version_of, name, flavor, version_or_alias
-            )
-        if version is not None:
+        for _ in range(_TRIES):
+            entry = self._find(name, flavor, version_or_alias)
+            if entry is None:
+                entry = await self._load_once(name, flavor, version_or_alias)
+            handle = self._handle(entry)
             try:
-                return await self._ask(name, flavor, version, body, kind)
+                rows, answer = await handle.runner.predict(body, kind)
             except RunnerNotRunningError:
-                revived = await self._once(
-                    ("revive", name, flavor, str(version)),
-                    partial(self._revive, name, flavor, version),
-                )
-                if revived is None:
-                    version = None
-        if version is None:
-            version = (await self.load(name, flavor, version_or_alias)).version
-        try:
-            return await self._ask(name, flavor, version, body, kind)
-        except RunnerNotRunningError:
-            raise RunnerEndedError(
-                f"Model {name!r} version {version} was unloaded, or ended, before it was asked."
-            ) from None
+                await self._revive(entry)
+            except RunnerEndedError:
+                if self._find(name, flavor, version_or_alias) == entry:
+                    await asyncio.to_thread(self._host.note_end, entry.model, entry.flavor)
+                    raise
+                # It ended because something else is meant now.
+            else:
+                return Predicted(answer, entry.model.version, rows)
+        raise RunnerEndedError(f"Model {name!r} was changed again and again while it was asked.")
 
     async def unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
-        """Unload for every worker: the process is gone when this returns."""
+        """Unload for every worker of every host: the process is gone here when this returns."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self._unload, name, flavor, version_or_alias
         )
 
     async def loaded_models(self) -> list[LoadedModel]:
         """All that is, or shall be, loaded."""
-        return await asyncio.to_thread(
-            lambda: [self._seen(entry) for entry in self._catalog.entries()]
-        )
+        return await asyncio.to_thread(self._list)
 
-    async def _ask(
-        self, name: str, flavor: str, version: int, body: bytes, kind: bytes
-    ) -> Predicted:
-        key = (name, flavor, version)
-        runner = self._runners.get(key) or self._runner(*key)
+    async def describe(
+        self, name: str, flavor: ModelFlavor, version_or_alias: str
+    ) -> tuple[LoadedModel, dict[str, Any]]:
+        """What a loaded model takes and gives; loads nothing."""
+        entry = self._find(name, flavor, version_or_alias)
+        if entry is None:
+            raise _not_loaded(name, flavor, version_or_alias)
         try:
-            self._runners[key] = runner
-            rows, answer = await runner.predict(body, kind)
-        except (RunnerNotRunningError, RunnerEndedError):
-            if self._runners.get(key) is runner:
-                del self._runners[key]
-                runner.close()
-            raise
-        return Predicted(answer, version, rows)
+            description = await self._handle(entry).runner.describe()
+        except RunnerNotRunningError:
+            raise ModelNotReadyError(f"{_capital(entry)} does not run at this moment.") from None
+        return await asyncio.to_thread(self._seen, entry), description
 
-    async def _once(
-        self, key: tuple[str, ...], function: Callable[[], LoadedModel | None]
-    ) -> LoadedModel | None:
+    def versions(self, name: str, flavor: ModelFlavor) -> list[int]:
+        """The versions of a model that are, or shall be, loaded; asks nobody."""
+        known = self._known.current()
+        entries = known.entries if known else {}
+        return sorted(version for its, kind, version in entries if (its, kind) == (name, flavor))
+
+    def _find(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry | None:
+        known = self._known.current()
+        if known is None:
+            return None
+        version = version_number(version_or_alias)
+        if version is None:
+            return known.named(name, flavor, version_or_alias)
+        return known.entries.get((name, flavor, version))
+
+    def _handle(self, entry: CatalogEntry) -> _Handle:
+        key = entry.model, entry.flavor
+        handle = self._handles.get(key)
+        if handle is None:
+            self._let_go()
+            handle = self._handles[key] = _Handle(self._host.runner(*key))
+        now = time.monotonic()
+        if now - handle.touched > _TOUCH_SECONDS:
+            handle.touched = now
+            self._host.touch(*key)
+        return handle
+
+    def _let_go(self) -> None:
+        """Close the connections to what is not loaded any more."""
+        known = self._known.current()
+        wanted = (
+            {(entry.model, entry.flavor) for entry in known.entries.values()} if known else set()
+        )
+        for key in self._handles.keys() - wanted:
+            self._handles.pop(key).runner.close()
+
+    async def _revive(self, entry: CatalogEntry) -> None:
+        """Wait a while for what shall run here and does not, unless it has failed."""
+        try:
+            async with asyncio.timeout(self._settings.startup_seconds):
+                await self._once(
+                    ("revive", *map(str, entry.key), entry.model.digest),
+                    partial(self._start, entry),
+                )
+        except TimeoutError:
+            raise ModelNotReadyError(f"{_capital(entry)} is still being started.") from None
+
+    async def _load_once(
+        self, name: str, flavor: ModelFlavor, version_or_alias: str
+    ) -> CatalogEntry:
+        entry: CatalogEntry = await self._once(
+            ("load", name, flavor, version_or_alias),
+            partial(self._load, name, flavor, version_or_alias),
+        )
+        return entry
+
+    async def _once(self, key: tuple[str, ...], function: Callable[[], Any]) -> Any:
         """Share one run of a slow function among all who want it at the same time."""
         future = self._under_way.get(key)
         if future is None:
@@ -169,135 +228,104 @@ class ModelServing:
             future.add_done_callback(partial(self._forget, key))
         return await asyncio.shield(future)
 
-    def _forget(self, key: tuple[str, ...], future: asyncio.Future[LoadedModel | None]) -> None:
+    def _forget(self, key: tuple[str, ...], future: asyncio.Future[Any]) -> None:
         del self._under_way[key]
         if not future.cancelled():
             # Looked at, even when every caller has gone.
             future.exception()
 
-    def _load(self, name: str, flavor: str, version_or_alias: str) -> LoadedModel:
-        deadline = self._deadline()
+    def _load(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
+        with metrics.counted_load():
+            return self._load_uncounted(name, flavor, version_or_alias)
+
+    def _load_uncounted(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
+        deadline = time.monotonic() + self._settings.load_timeout_seconds
         model = self._registry.resolve(name, version_or_alias)
-        runner = self._runner(name, flavor, model.version)
-        with runner.changing(deadline):
-            known = self._catalog.find(name, flavor, model.version)
-            if known is None or known.model != model:
-                # Not loaded, or loaded from a version that was deleted and made anew.
-                runner.stop()
-            self._run(runner, model, deadline)
+        # Before the long way: without the catalog, it would be for nothing.
+        known = self._catalog.contents().entries.get((name, flavor, model.version))
+        with self._host.changing(model, flavor, deadline):
+            self._host.start(model, flavor, deadline, asked=True)
             try:
-                self._catalog.record(
-                    model,
-                    flavor,
-                    asked_as=version_or_alias,
-                    alias=version_number(version_or_alias) is None,
-                )
-                entry = self._catalog.find(name, flavor, model.version)
-            except CatalogUnavailableError:
+                self._catalog.record(model, flavor, asked_as=version_or_alias)
+                contents = self._keeper.refresh()
+            except (CatalogUnavailableError, OSError):
                 if known is None:
-                    runner.stop()
+                    self._host.stop(model, flavor)
                 raise
+        entry = contents.entries.get((name, flavor, model.version))
         if entry is None:
-            raise ModelNotLoadedError(f"{model} was unloaded at the same moment.")
+            raise ModelNotLoadedError(f"{_capital(model)} was unloaded at the same moment.")
         _LOG.info("model loaded", extra={"model": str(model), "flavor": flavor})
-        return self._seen(entry, changing=False)
+        return entry
 
-    def _revive(self, name: str, flavor: str, version: int) -> LoadedModel | None:
-        """Start again what shall be loaded; None when it shall not be any more."""
-        deadline = self._deadline()
-        runner = self._runner(name, flavor, version)
-        with runner.changing(deadline):
-            entry = self._catalog.find(name, flavor, version)
-            if entry is None:
-                return None
-            try:
-                self._run(runner, entry.model, deadline)
-            except ModelServerError as error:
-                self._catalog.note_problem(entry, str(error))
-                raise
-            if entry.problem is not None:
-                self._catalog.note_problem(entry, None)
-        return self._seen(replace(entry, problem=None), changing=False)
+    def _start(self, entry: CatalogEntry) -> None:
+        """Start what shall run here, for somebody who waits for it."""
+        self._refuse_failed(entry)
+        deadline = time.monotonic() + self._settings.load_timeout_seconds
+        with self._host.changing(entry.model, entry.flavor, deadline):
+            self._refuse_failed(entry)
+            known = self._known.current()
+            now = known.entries.get(entry.key) if known else None
+            if now is not None and now.model == entry.model:
+                self._host.start(entry.model, entry.flavor, deadline, asked=True)
 
-    def _run(self, runner: Runner, model: ModelVersion, deadline: float) -> None:
-        if runner.is_running():
-            return
-        files = self._files(model)
-        if not files.exists():
-            self._registry.fetch(model, files)
-        python = self._environments.python_for(files, deadline)
-        try:
-            runner.start(python, files, deadline)
-        except ModelNotLoadableError as error:
-            saved = _saved_python(files)
-            if saved in {None, PYTHON_VERSION}:
-                raise
-            raise ModelNotLoadableError(
-                f"{error} It was stored by Python {saved} and this server has {PYTHON_VERSION}, "
-                "which may be why."
-            ) from error
+    def _refuse_failed(self, entry: CatalogEntry) -> None:
+        """Nobody waits for what has failed: the keeper tries it again, with pauses."""
+        record = self._host.note_end(entry.model, entry.flavor)
+        if record is not None and record.failures and record.started is None:
+            raise ModelNotReadyError(f"{_capital(entry)} does not run for now. {record.problem}")
 
     def _unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
-        deadline = self._deadline()
-        missing = f"Model {name!r} is not loaded as {flavor} by {version_or_alias!r}."
+        deadline = time.monotonic() + self._settings.load_timeout_seconds
+        contents = self._catalog.contents()
         version = version_number(version_or_alias)
         if version is None:
-            version = self._catalog.version_of(name, flavor, version_or_alias)
-        if version is None:
-            raise ModelNotLoadedError(missing)
-        runner = self._runner(name, flavor, version)
-        with runner.changing(deadline):
-            entry = self._catalog.find(name, flavor, version)
-            if entry is None:
-                raise ModelNotLoadedError(missing)
-            runner.stop()
-            self._catalog.remove(name, flavor, version)
-            if all(other.model != entry.model for other in self._catalog.entries()):
-                shutil.rmtree(self._files(entry.model), ignore_errors=True)
+            version = contents.aliases.get((name, flavor, version_or_alias))
+        entry = contents.entries.get((name, flavor, version)) if version is not None else None
+        if entry is None:
+            raise _not_loaded(name, flavor, version_or_alias)
+        revision = self._catalog.remove(entry.key)
+        self._keeper.refresh()
+        with self._host.changing(entry.model, flavor, deadline):
+            if self._catalog_has_it_again(entry):
+                raise ModelNotLoadedError(f"{_capital(entry)} was loaded again at the same moment.")
+            self._host.stop(entry.model, flavor)
+        self._keeper.wait_for_hosts(revision, _HOSTS_SECONDS)
         _LOG.info("model unloaded", extra={"model": str(entry.model), "flavor": flavor})
         return self._seen(entry, state="unloaded")
 
-    def _restore(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                entries = self._catalog.entries()
-                break
-            except CatalogUnavailableError as error:
-                _LOG.warning("cannot restore models yet", extra={"reason": str(error)})
-                self._stopping.wait(_RETRY_SECONDS)
-        else:
-            return
-        for entry in entries:
-            if self._stopping.is_set():
-                return
-            try:
-                self._revive(entry.model.name, entry.flavor, entry.model.version)
-            except ModelServerError as error:
-                _LOG.warning(
-                    "model not restored",
-                    extra={
-                        "model": str(entry.model),
-                        "flavor": entry.flavor,
-                        "reason": str(error),
-                    },
-                )
-            except Exception:  # noqa: BLE001  a bug with one model must not keep others away
-                _LOG.exception("model not restored", extra={"model": str(entry.model)})
-        self._restored.set()
+    def _catalog_has_it_again(self, entry: CatalogEntry) -> bool:
+        known = self._known.current()
+        return known is not None and entry.key in known.entries
 
-    def _seen(
-        self, entry: CatalogEntry, *, changing: bool | None = None, state: ModelState | None = None
-    ) -> LoadedModel:
-        """An entry of the catalog with what its process is doing."""
-        runner = self._runner(entry.model.name, entry.flavor, entry.model.version)
-        running = state is None and runner.is_running()
+    def _list(self) -> list[LoadedModel]:
+        try:
+            entries = self._keeper.refresh().entries
+        except (ModelServerError, OSError):
+            known = self._known.current()
+            if known is None:
+                raise
+            entries = known.entries
+        return [self._seen(entry) for entry in entries.values()]
+
+    def _seen(self, entry: CatalogEntry, state: ModelState | None = None) -> LoadedModel:
+        """An entry of the catalog with what its process does on this host."""
+        record = None if state else self._host.record(entry.model, entry.flavor)
+        memory = None
+        if record is not None and record.started is not None:
+            memory = self._host.memory(entry.model, entry.flavor)
+        problem = entry.problem
         if state is None:
-            if running:
+            if memory is not None:
                 state = "ready"
-            elif runner.is_changing() if changing is None else changing:
-                state = "loading"
+            elif record is not None and record.failures:
+                state = "failed"
+                problem = record.problem or problem
+            elif record is not None and record.resting:
+                state = "stopped"
+                problem = record.problem or problem
             else:
-                state = "failed" if entry.problem else "stopped"
+                state = "loading"
         return LoadedModel(
             model_name=entry.model.name,
             model_flavor=entry.flavor,
@@ -306,23 +334,15 @@ class ModelServing:
             aliases=entry.aliases,
             state=state,
             since=entry.since,
-            memory_bytes=runner.memory() if running else None,
-            problem=entry.problem if state == "failed" else None,
+            memory_bytes=memory,
+            problem=problem,
         )
 
-    def _runner(self, name: str, flavor: str, version: int) -> Runner:
-        return Runner(self._settings, self._processes, name, flavor, version)
 
-    def _files(self, model: ModelVersion) -> Path:
-        return self._settings.state_dir / "models" / model.digest
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._settings.load_timeout_seconds
+def _not_loaded(name: str, flavor: str, version_or_alias: str) -> ModelNotLoadedError:
+    return ModelNotLoadedError(f"Model {name!r} is not loaded as {flavor} by {version_or_alias!r}.")
 
 
-def _saved_python(files: Path) -> str | None:
-    try:
-        found = _PYTHON_OF_MODEL.search((files / "MLmodel").read_text())
-    except (OSError, UnicodeDecodeError):
-        return None
-    return found.group(1) if found else None
+def _capital(what: CatalogEntry | ModelVersion) -> str:
+    text = str(what)
+    return text[:1].upper() + text[1:]

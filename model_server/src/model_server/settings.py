@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic import model_validator as validate_model
@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """What shall be loaded: an SQLAlchemy URL; `<state_dir>/catalog.sqlite` when not set."""
     root_path: str = ""
     """The prefix that the door strips, such as `/inference`."""
+    user_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]*$")] = ""
+    """The header in which the door tells the user for the log; only where nobody else can call."""
 
     uv: str = "uv"
     """The program that builds environments."""
@@ -45,11 +47,24 @@ class Settings(BaseSettings):
     """uv's cache; `<state_dir>/cache/uv` when not set."""
     index_url: SecretStr | None = None
     """The package index for models' requirements; uv's own default when not set."""
+    wheels_dir: Path | None = None
+    """A folder of wheels to install from instead of an index."""
     allow_source_builds: bool = False
     """Whether requirements without a wheel may be built, which runs their code."""
+    environment_keep_days: Annotated[float, Field(ge=0)] = 30
+    """How long environments and model files are kept that nobody uses."""
+
+    idle_unload_seconds: Annotated[float, Field(ge=0)] = 0
+    """After how long without a request a model is unloaded until the next one; 0 is never."""
+    memory_budget: Annotated[int, Field(ge=0)] = 0
+    """Bytes that all models of this host may use together; 0 is no limit."""
+    memory_policy: Literal["refuse", "unload_least_recent"] = "refuse"
+    """What happens when one more model does not fit into the budget."""
 
     load_timeout_seconds: Seconds = 900
     """The longest a load may take: fetch, environment and start together."""
+    startup_seconds: Seconds = 15
+    """The longest a request waits for a model that is being brought back."""
     predict_timeout_seconds: Seconds = 60
     registry_timeout_seconds: Seconds = 30
     stop_timeout_seconds: Seconds = 10
@@ -112,7 +127,7 @@ class Settings(BaseSettings):
             raise ValueError("must be the http:// or https:// address of an MLflow server")
         return value.rstrip("/")
 
-    @field_validator("state_dir", "runtime_dir")
+    @field_validator("state_dir", "runtime_dir", "wheels_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():

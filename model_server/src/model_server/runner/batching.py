@@ -130,7 +130,7 @@ class Batcher:
         for question, part in zip(questions, parts, strict=True):
             try:
                 answers.append(_reply(question, part))
-            except ModelError as error:
+            except (InputError, ModelError) as error:
                 answers.append(error)
         return answers
 

@@ -20,6 +20,8 @@ class Model(ABC):
     """Whether callers' rows may go together; a model opts out in its metadata."""
     numbers_are_alike = False
     """Whether 1 and 1.0 are the same to it, because its input is cast."""
+    signature: Any = None
+    """MLflow's, where the model has one."""
 
     def predict(
         self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import native, wire
+from . import native, open_inference, wire
 from .batching import Answer, Batcher
 from .inputs import InputError
 from .model import ModelError, load_model
@@ -39,7 +39,10 @@ _LAST_CALL_SECONDS = 0.02
 _LAST_LINES = 10
 _WAKEUP = object()
 
-_READERS: dict[bytes, Callable[[bytes], Question]] = {wire.PREDICT: native.read_native}
+_READERS: dict[bytes, Callable[[bytes], Question]] = {
+    wire.PREDICT: native.read_native,
+    wire.INFER: open_inference.read_inference,
+}
 
 
 class _Slot:
@@ -97,18 +100,23 @@ class Conversations:
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
+        self._wakeup, self._waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, _WAKEUP)
         self._ending = False
 
-    def end_on(self, *signals: signal.Signals) -> None:
-        """From now on, such a signal ends the conversations when all is answered."""
-        wakeup, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector.register(wakeup, selectors.EVENT_READ, _WAKEUP)
-        signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
-        for number in signals:
-            signal.signal(number, self._end)
-
-    def _end(self, _number: int, _frame: object) -> None:
+    def end(self) -> None:
+        """Have the conversations end when all is answered; from a signal's handler or a thread."""
         self._ending = True
+        os.write(self._waking, b"!")
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, _Connection):
+                self._hang_up(key.data)
+        self._selector.close()
+        os.close(self._wakeup)
+        os.close(self._waking)
 
     def receive(self, timeout: float | None) -> list[tuple[_Slot, bytes, bytes]] | None:
         """New questions, waiting for the first; None when it is time to end and none is left."""
@@ -157,8 +165,8 @@ class RunnerProcess:
     def load(self, folder: Path, flavor: str) -> bool:
         """Load and warm the model; where that fails, tell who asks, and return False."""
         try:
-            model = load_model(folder, flavor)
-            self._batcher = Batcher(model)
+            self._model = load_model(folder, flavor)
+            self._batcher = Batcher(self._model)
             warm_up(self._batcher, folder)
         except ModelError as error:
             trace = traceback.format_exc()
@@ -168,9 +176,8 @@ class RunnerProcess:
         self._flavor = flavor
         return True
 
-    def serve(self, *end_on: signal.Signals) -> None:
-        """Answer with the model until a signal says that it is enough."""
-        self._conversations.end_on(*end_on)
+    def serve(self) -> None:
+        """Answer with the model until `end`."""
         batcher = self._batcher
         while True:
             received = self._conversations.receive(0 if batcher else None)
@@ -194,14 +201,21 @@ class RunnerProcess:
                 for connection in connections.values():
                     self._conversations.send(connection)
 
+    def end(self) -> None:
+        """Have `serve` return when all that was asked is answered."""
+        self._conversations.end()
+
+    def close(self) -> None:
+        """Give up all connections."""
+        self._conversations.close()
+
     def _reply(self, slot: _Slot, frame: bytes) -> None:
         slot.frame = frame
         self._conversations.send(slot.connection)
 
     def _description(self) -> bytes:
         description = {
-            "inputs": None,
-            "outputs": None,
+            **open_inference.describe(self._model.signature),
             "flavor": self._flavor,
             "batching": self._batcher.batching,
         }
@@ -265,7 +279,9 @@ def main(arguments: list[str]) -> None:
     if loaded:
         # What it wrote until now may be kept by whoever started it; from now on there is no end.
         os.dup2(_STDOUT, _STDERR)
-        runner.serve(signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: runner.end())
+        runner.serve()
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that a model left behind must not keep the process.

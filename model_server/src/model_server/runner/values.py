@@ -21,11 +21,19 @@ class NoJsonFormError(Exception):
 
 
 def to_json(value: Any) -> bytes:
-    """The value as a JSON document."""
+    """The value as a JSON document, or NoJsonFormError."""
     try:
-        return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).encode("ascii")
+        text = json.dumps(plain(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
         raise NoJsonFormError("The model's answer is nested too deeply for JSON.") from None
+    except NoJsonFormError:
+        raise
+    except Exception as error:
+        raise NoJsonFormError(
+            f"The model's answer has no JSON form ({type(error).__name__}: {error})."
+        ) from error
+    # Half of a pair of surrogates is no character; it becomes a question mark.
+    return text.encode("utf-8", "replace")
 
 
 def plain(value: Any) -> Any:
@@ -79,32 +87,41 @@ def _from_numpy(value: Any) -> tuple[bool, Any]:
     np = sys.modules.get("numpy")
     if np is None or not isinstance(value, np.ndarray | np.generic):
         return False, None
-    if value.dtype.kind in "mM":
-        return True, _dates(np, value)
+    kind = value.dtype.kind
+    if kind == "V" and value.dtype.names:
+        return True, _records(np, value)
+    if kind in "cV":
+        raise NoJsonFormError(f"The model's answer holds {value.dtype}, which JSON has not.")
+    if kind in "mM":
+        return True, _times(np, value)
     if isinstance(value, np.generic):
-        if value.dtype.kind == "f":
-            return True, plain(float(value))
-        if value.dtype.kind in "cV":
-            raise NoJsonFormError(f"The model's answer holds {value.dtype}, which JSON has not.")
-        return True, plain(value.item())
-    if value.dtype.kind in "biuU":
+        return True, plain(float(value) if kind == "f" else value.item())
+    if kind in "biu" and not isinstance(value, np.ma.MaskedArray):
         return True, value.tolist()
-    if value.dtype.kind == "f":
-        finite = np.isfinite(value)
-        if finite.all():
-            return True, value.astype(np.float64, copy=False).tolist()
-        return True, np.where(finite, value.astype(np.float64), None).tolist()
-    if value.dtype.kind in "cV":
-        raise NoJsonFormError(f"The model's answer is an array of {value.dtype}.")
+    if kind == "f" and not isinstance(value, np.ma.MaskedArray):
+        # Only a long double is larger than what JSON's readers take for a number.
+        with np.errstate(over="ignore"):
+            doubles = value.astype(np.float64, copy=False)
+        finite = np.isfinite(doubles)
+        return True, (doubles if finite.all() else np.where(finite, doubles, None)).tolist()
     return True, plain(value.tolist())
 
 
-def _dates(np: Any, value: Any) -> Any:
+def _records(np: Any, value: Any) -> Any:
+    """A structured array, or one of its rows, as records."""
+    if value.ndim == 0:
+        return {name: plain(value[name]) for name in value.dtype.names}
+    return [_records(np, row) for row in value]
+
+
+def _times(np: Any, value: Any) -> Any:
+    """Dates as ISO 8601, durations in seconds; neither for those without a unit."""
+    unit = np.datetime_data(value.dtype)[0]
+    if unit == "generic" or (value.dtype.kind == "m" and unit in "YM"):
+        return plain(np.where(np.isnat(value), None, value.astype(str)).tolist())
     if value.dtype.kind == "m":
-        seconds = value / np.timedelta64(1, "s")
-        return plain(seconds)
-    texts = np.where(np.isnat(value), None, np.datetime_as_string(value).astype(object))
-    return texts.tolist()
+        return plain(value / np.timedelta64(1, "s"))
+    return np.where(np.isnat(value), None, np.datetime_as_string(value).astype(object)).tolist()
 
 
 def _from_pandas(value: Any) -> tuple[bool, Any]:
@@ -132,9 +149,15 @@ def _from_pandas(value: Any) -> tuple[bool, Any]:
     return False, None
 
 
+_METHODS = (
+    *("toarray", "model_dump", "detach", "numpy"),
+    *("tolist", "to_list", "to_dicts", "to_pylist"),
+)
+
+
 def _by_its_methods(value: Any) -> Any:
-    """Sparse matrices, tensors and pydantic models, by what they can do."""
-    for method in ("toarray", "model_dump", "detach", "numpy", "tolist", "to_list"):
+    """Sparse matrices, tensors, pydantic models and other data frames, by what they can do."""
+    for method in _METHODS:
         convert = getattr(value, method, None)
         if not callable(convert) or isinstance(value, type):
             continue

@@ -1,0 +1,387 @@
+"""Keep what runs on this host equal to what shall run.
+
+Every HTTP worker has a keeper; the one that holds the host's lock leads, and another one goes on
+when it dies. The leader reads the catalog, starts and stops runners, follows aliases in the
+registry and tidies, each in a thread of its own: one that waits for something that is away holds up
+none of the others.
+"""
+
+import contextlib
+import fcntl
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+from model_server.catalog import AliasKey, Catalog, CatalogEntry, Contents, Key
+from model_server.environments import Environments
+from model_server.errors import (
+    CatalogUnavailableError,
+    ModelServerError,
+    RegistryRefusedError,
+    RegistryUnavailableError,
+)
+from model_server.host import ModelHost, RunnerRecord
+from model_server.known import Known, KnownCatalog
+from model_server.locks import exclusive
+from model_server.registry import ModelRegistry, ModelVersion
+from model_server.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+
+_LEAD_SECONDS = 1.0
+_READ_SECONDS = 1.0
+_RUN_SECONDS = 1.0
+_FOLLOW_SECONDS = 2.0
+_IDLE_SECONDS = 1.0
+_TIDY_SECONDS = 3600.0
+_SEEN_SECONDS = 4.0
+_STARTS_AT_ONCE = 4
+_FIRST_PAUSE_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 300.0
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A version that an alias means in MLflow and that could not be started."""
+
+    model: ModelVersion
+    failures: int
+    retry_at: float
+
+
+class Keeper:
+    """One worker's part in keeping the host as it shall be."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        catalog: Catalog,
+        known: KnownCatalog,
+        registry: ModelRegistry,
+        environments: Environments,
+        host: ModelHost,
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._known = known
+        self._registry = registry
+        self._environments = environments
+        self._host = host
+        self._stopping = Event()
+        self._threads: list[Thread] = []
+        self._starts = ThreadPoolExecutor(_STARTS_AT_ONCE, thread_name_prefix="start")
+        self._under_way: dict[Key | AliasKey, Future[None]] = {}
+        self._changing = Lock()
+        self._unwanted: set[RunnerRecord] = set()
+        self._refused: dict[AliasKey, _Refused] = {}
+        self._noted: dict[AliasKey, str | None] = {}
+        self._told: tuple[int, float] = (-1, 0.0)
+        self._troubles: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Begin to lead as soon as no other worker of this host does."""
+        self._run_thread("lead", self._lead)
+
+    def stop(self) -> None:
+        """Let go; starts under way end with the worker."""
+        self._stopping.set()
+        self._starts.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads:
+            thread.join(1.0)
+
+    def is_ready(self) -> bool:
+        """Whether everything that shall run here was tried since the service started."""
+        known = self._known.current()
+        if known is None or not self._read_once.exists():
+            return False
+        records = (self._host.record(entry.model, entry.flavor) for entry in known.entries.values())
+        return all(
+            record is not None and (record.started or record.resting or record.failures)
+            for record in records
+        )
+
+    def forget_service(self) -> None:
+        """Called by the first worker: what is left is of a service that has ended."""
+        self._read_once.unlink(missing_ok=True)
+        self._host.forget_starts()
+
+    def refresh(self) -> Contents:
+        """Read the catalog, and act upon what it says now, in every worker of this host."""
+        contents = self._known.refresh(self._catalog.contents, self._is_ready)
+        self._tell_seen(contents.revision)
+        return contents
+
+    def wait_for_hosts(self, revision: int, seconds: float) -> None:
+        """Wait until every host acts upon a revision; a host that does not, no longer than this."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(CatalogUnavailableError):
+            while not self._catalog.is_seen_by_all(revision):
+                if time.monotonic() > deadline or self._stopping.wait(0.1):
+                    return
+
+    @property
+    def _read_once(self) -> Path:
+        return self._settings.sockets / "known.read"
+
+    def _lead(self) -> None:
+        with (self._settings.sockets / "keeper.lock").open("ab") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if self._stopping.wait(_LEAD_SECONDS):
+                        return
+            loops: list[tuple[str, float, Callable[[], None]]] = [
+                ("read", _READ_SECONDS, self._read),
+                ("run", _RUN_SECONDS, self._run),
+                ("follow", _FOLLOW_SECONDS, self._follow),
+                ("tidy", _TIDY_SECONDS, self._tidy),
+            ]
+            if self._settings.idle_unload_seconds:
+                loops.append(("idle", _IDLE_SECONDS, self._unload_idle))
+            for name, seconds, function in loops:
+                self._run_thread(name, partial(self._every, name, seconds, function))
+            self._stopping.wait()
+
+    def _run_thread(self, name: str, function: Callable[[], None]) -> None:
+        thread = Thread(target=function, name=f"keeper-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _every(self, name: str, seconds: float, function: Callable[[], None]) -> None:
+        while not self._stopping.is_set():
+            try:
+                function()
+            except (ModelServerError, OSError) as error:
+                self._warn_once(name, str(error))
+            except Exception:  # noqa: BLE001  a bug with one thing must not keep all others from being kept
+                _LOG.exception("the keeper failed", extra={"part": name})
+            else:
+                self._troubles.pop(name, None)
+            self._stopping.wait(seconds)
+
+    def _warn_once(self, part: str, reason: str) -> None:
+        if self._troubles.get(part) != reason:
+            self._troubles[part] = reason
+            _LOG.warning("the keeper cannot go on", extra={"part": part, "reason": reason})
+
+    def _read(self) -> None:
+        try:
+            known = self._known.current()
+            if known is None or self._is_outdated(known):
+                self.refresh()
+            else:
+                self._tell_seen(known.revision)
+        finally:
+            self._read_once.touch()
+
+    def _is_outdated(self, known: Known) -> bool:
+        if not self._read_once.exists() or known.revision != self._catalog.revision():
+            return True
+        # An alias that was held over until its new version runs here.
+        return any(
+            alias in entry.aliases and known.aliases[name, flavor, alias] != entry.model.version
+            for (name, flavor, _), entry in known.entries.items()
+            for alias in entry.aliases
+        )
+
+    def _tell_seen(self, revision: int) -> None:
+        told, when = self._told
+        if told != revision or time.monotonic() - when > _SEEN_SECONDS:
+            self._catalog.tell_seen(self._host_id(), revision)
+            self._told = revision, time.monotonic()
+
+    def _host_id(self) -> str:
+        """A name of this host that no other host has, whatever they are called."""
+        file = self._settings.state_dir / "host"
+        with exclusive(file.with_suffix(".lock"), time.monotonic() + 5, "the host's name"):
+            if not file.exists():
+                file.write_text(secrets.token_hex(16))
+            return file.read_text()
+
+    def _run(self) -> None:
+        """Start what shall run and does not; stop what runs and shall not."""
+        known = self._known.current()
+        if known is None:
+            return
+        for entry in known.entries.values():
+            if self._should_start(entry):
+                self._begin(entry.key, partial(self._start, entry))
+        unwanted = {
+            record
+            for record in self._host.records()
+            if not _is_wanted(record, known)
+            and not self._host.is_changing(record.model, record.flavor)
+        }
+        # What was unwanted a moment ago as well: callers that had looked it up have asked by now.
+        for record in unwanted & self._unwanted:
+            self._begin((record.name, record.flavor, record.version), partial(self._stop, record))
+        self._unwanted = unwanted
+
+    def _should_start(self, entry: CatalogEntry) -> bool:
+        record = self._host.record(entry.model, entry.flavor)
+        if record is None:
+            return True
+        if record.started is not None:
+            record = self._host.note_end(entry.model, entry.flavor)
+        if record is None or record.started is not None or record.resting:
+            return False
+        return time.time() >= record.retry_at
+
+    def _begin(self, key: Key | AliasKey, function: Callable[[], None]) -> None:
+        with self._changing:
+            if key not in self._under_way and not self._stopping.is_set():
+                future = self._starts.submit(function)
+                self._under_way[key] = future
+                future.add_done_callback(partial(self._finished, key))
+
+    def _finished(self, key: Key | AliasKey, future: Future[None]) -> None:
+        with self._changing:
+            self._under_way.pop(key, None)
+        if future.cancelled() or (error := future.exception()) is None:
+            return
+        if isinstance(error, (ModelServerError, OSError)):
+            _LOG.warning("model not started", extra={"model": str(key), "reason": str(error)})
+        else:
+            _LOG.error("model not started", extra={"model": str(key)}, exc_info=error)
+
+    def _start(self, entry: CatalogEntry) -> None:
+        deadline = self._deadline()
+        with self._host.changing(entry.model, entry.flavor, deadline):
+            if self._wanted(entry):
+                self._host.start(entry.model, entry.flavor, deadline, asked=False)
+
+    def _wanted(self, entry: CatalogEntry) -> bool:
+        known = self._known.current()
+        now = known.entries.get(entry.key) if known else None
+        return now is not None and now.model == entry.model
+
+    def _stop(self, record: RunnerRecord) -> None:
+        deadline = self._deadline()
+        with self._host.changing(record.model, record.flavor, deadline):
+            known = self._known.current()
+            same = self._host.record(record.model, record.flavor) is not None
+            if known is not None and same and not _is_wanted(record, known):
+                self._host.stop(record.model, record.flavor)
+                _LOG.info(
+                    "unwanted model unloaded",
+                    extra={"model": str(record.model), "flavor": record.flavor},
+                )
+
+    def _follow(self) -> None:
+        """Ask the registry what the aliases in use mean now."""
+        known = self._known.current()
+        if known is None:
+            return
+        answers: dict[tuple[str, str], ModelVersion | ModelServerError] = {}
+        for name, flavor, alias in known.aliases:
+            if self._stopping.is_set():
+                return
+            if (name, alias) not in answers:
+                answers[name, alias] = self._resolve(name, alias)
+            self._act_upon((name, flavor, alias), answers[name, alias])
+        for gone in (self._refused.keys() | self._noted.keys()) - known.aliases.keys():
+            self._refused.pop(gone, None)
+            self._noted.pop(gone, None)
+
+    def _resolve(self, name: str, alias: str) -> ModelVersion | ModelServerError:
+        try:
+            return self._registry.resolve(name, alias)
+        except (RegistryUnavailableError, RegistryRefusedError):
+            # Of the registry as a whole: not this alias' trouble.
+            raise
+        except ModelServerError as error:
+            return error
+
+    def _act_upon(self, alias: AliasKey, meant: ModelVersion | ModelServerError) -> None:
+        known = self._known.current()
+        entry = known.named(*alias) if known else None
+        if entry is None:
+            return
+        if isinstance(meant, ModelServerError):
+            self._note(alias, f"{meant} Version {entry.model.version} goes on.")
+        elif meant == entry.model:
+            self._refused.pop(alias, None)
+            self._note(alias, None)
+        else:
+            refused = self._refused.get(alias)
+            waits = refused and refused.model == meant and time.monotonic() < refused.retry_at
+            if not waits:
+                self._begin(alias, partial(self._deploy, alias, entry, meant))
+
+    def _note(self, alias: AliasKey, problem: str | None) -> None:
+        if alias not in self._noted or self._noted[alias] != problem:
+            self._catalog.note_problem(alias, problem)
+            self.refresh()
+            self._noted[alias] = problem
+
+    def _deploy(self, alias: AliasKey, old: CatalogEntry, new: ModelVersion) -> None:
+        """Start and warm what an alias means now beside the old one, then move the traffic."""
+        deadline = self._deadline()
+        name, flavor, asked_as = alias
+        try:
+            with self._host.changing(new, flavor, deadline):
+                self._host.start(new, flavor, deadline, asked=True)
+                moved = self._catalog.record(new, flavor, asked_as=asked_as, moved=True)
+                self.refresh()
+        except (ModelServerError, OSError) as error:
+            before = self._refused.get(alias)
+            failures = before.failures + 1 if before and before.model == new else 1
+            pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1), _LONGEST_PAUSE_SECONDS)
+            self._refused[alias] = _Refused(new, failures, time.monotonic() + pause)
+            self._note(
+                alias,
+                f"Alias {asked_as!r} means version {new.version} in MLflow, which cannot be "
+                f"loaded; version {old.model.version} goes on. {error}",
+            )
+            raise
+        if moved:
+            _LOG.info(
+                "alias moved",
+                extra={
+                    "model": name,
+                    "flavor": flavor,
+                    "alias": asked_as,
+                    "from": old.model.version,
+                    "version": new.version,
+                },
+            )
+
+    def _unload_idle(self) -> None:
+        self._host.unload_idle(self._settings.idle_unload_seconds)
+
+    def _tidy(self) -> None:
+        """Remove model files and environments that nobody has used for long."""
+        known = self._known.current()
+        if known is None:
+            return
+        kept = self._settings.environment_keep_days * _DAY
+        # What was taken a moment ago for a start is not known as used yet.
+        oldest = time.time() - max(kept, self._settings.load_timeout_seconds)
+        self._environments.remove_unused(self._host.environments_in_use(), oldest)
+        wanted = {entry.model.digest for entry in known.entries.values()}
+        folders = self._settings.state_dir / "models"
+        for files in folders.iterdir() if folders.exists() else []:
+            if files.is_dir() and files.name not in wanted and files.stat().st_mtime < oldest:
+                shutil.rmtree(files, ignore_errors=True)
+
+    def _is_ready(self, entry: CatalogEntry) -> bool:
+        return self._host.is_running(entry.model, entry.flavor)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._settings.load_timeout_seconds
+
+
+def _is_wanted(record: RunnerRecord, known: Known) -> bool:
+    entry = known.entries.get((record.name, record.flavor, record.version))
+    return entry is not None and entry.model == record.model

@@ -1,0 +1,145 @@
+"""What a host knows of the catalog: one file for all its workers, and a counter in shared memory.
+
+Predictions read nothing else. The file is written whenever the catalog was read and had changed;
+the counter tells every worker, for the cost of reading eight bytes of memory, that its copy is old.
+A host that starts while the database is away goes on with the file.
+"""
+
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from model_server.catalog import AliasKey, CatalogEntry, Contents, Key
+from model_server.locks import exclusive
+from model_server.registry import ModelVersion
+
+_COUNT = struct.Struct("=Q")
+_LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """The models of the catalog as this host serves them."""
+
+    revision: int
+    entries: dict[Key, CatalogEntry]
+    aliases: dict[AliasKey, int]
+
+    def named(self, name: str, flavor: str, alias: str) -> CatalogEntry | None:
+        """What an alias means here."""
+        version = self.aliases.get((name, flavor, alias))
+        return None if version is None else self.entries.get((name, flavor, version))
+
+
+class KnownCatalog:
+    """The file and the counter, as one worker sees them."""
+
+    def __init__(self, file: Path, runtime_dir: Path) -> None:
+        self._file = file
+        self._lock = runtime_dir / "known.lock"
+        runtime_dir.mkdir(parents=True, exist_ok=True)
+        counter = os.open(runtime_dir / "known.count", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            # Never shorter than it is for a worker that has it mapped.
+            if os.fstat(counter).st_size < _COUNT.size:
+                os.ftruncate(counter, _COUNT.size)
+            self._memory = mmap.mmap(counter, _COUNT.size)
+        finally:
+            os.close(counter)
+        self._seen = -1
+        self._known: Known | None = None
+
+    def current(self) -> Known | None:
+        """What this host knows now; None if it never knew anything."""
+        (count,) = _COUNT.unpack_from(self._memory)
+        if count != self._seen:
+            # The count first: a file that is newer still is read once more, never missed.
+            self._known, self._seen = _read(self._file), count
+        return self._known
+
+    def refresh(
+        self, read: Callable[[], Contents], is_ready: Callable[[CatalogEntry], bool]
+    ) -> Contents:
+        """Make the catalog's contents, read now, what this host knows.
+
+        An alias that means another version now keeps its old one here until `is_ready` says that
+        the new one runs on this host, so that no caller waits for it or meets its failure.
+        """
+        with exclusive(self._lock, time.monotonic() + _LOCK_SECONDS, "the list of models"):
+            # Read under the lock, so that nobody puts older contents in the place of newer ones.
+            contents = read()
+            before = self.current()
+            now = Known(contents.revision, dict(contents.entries), dict(contents.aliases))
+            if before is not None:
+                _hold_over(before, now, is_ready)
+            if now != before:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                partial = self._file.with_suffix(".partial")
+                partial.write_text(_to_json(now))
+                partial.replace(self._file)
+                (count,) = _COUNT.unpack_from(self._memory)
+                _COUNT.pack_into(self._memory, 0, count + 1)
+        return contents
+
+
+def _hold_over(before: Known, now: Known, is_ready: Callable[[CatalogEntry], bool]) -> None:
+    for key, version in now.aliases.items():
+        name, flavor, _ = key
+        old, new = before.named(*key), now.entries.get((name, flavor, version))
+        if old is None or new is None or old.model == new.model:
+            continue
+        if not is_ready(new) and is_ready(old):
+            now.aliases[key] = old.model.version
+            now.entries.setdefault(old.key, old)
+
+
+def _read(file: Path) -> Known | None:
+    try:
+        content = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        # Never written, or cut short when the machine lost its power.
+        return None
+    entries = [
+        CatalogEntry(
+            ModelVersion(entry["name"], entry["version"], entry["digest"]),
+            entry["flavor"],
+            entry["asked_as"],
+            datetime.fromisoformat(entry["since"]),
+            entry["aliases"],
+            entry["problem"],
+        )
+        for entry in content["entries"]
+    ]
+    return Known(
+        content["revision"],
+        {entry.key: entry for entry in entries},
+        {(name, flavor, alias): version for name, flavor, alias, version in content["aliases"]},
+    )
+
+
+def _to_json(known: Known) -> str:
+    return json.dumps(
+        {
+            "revision": known.revision,
+            "entries": [
+                {
+                    "name": entry.model.name,
+                    "version": entry.model.version,
+                    "digest": entry.model.digest,
+                    "flavor": entry.flavor,
+                    "asked_as": entry.asked_as,
+                    "since": entry.since.isoformat(),
+                    "problem": entry.problem,
+                    "aliases": entry.aliases,
+                }
+                for entry in known.entries.values()
+            ],
+            "aliases": [[*key, version] for key, version in known.aliases.items()],
+        }
+    )

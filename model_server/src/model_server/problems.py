@@ -1,0 +1,126 @@
+"""What a wrong request is answered with: one sentence, in the words of the protocol it came by."""
+
+import errno
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from model_server.errors import ModelServerError, status_of
+from model_server.schemas import InferenceProblem, Problem
+
+_UNAVAILABLE = 503
+_NO_ROOM = 507
+_INVALID = 422
+_FAILED = 500
+_RETRY_AFTER = {"Retry-After": "2"}
+_PROBLEMS_SHOWN = 5
+_LONGEST_PART = 60
+_V2 = "/v2"
+
+_EXAMPLES = {
+    400: ("The request cannot be understood", "Say which version to load."),
+    404: (
+        "There is no such model, version or alias, or it is not loaded",
+        "MLflow has no model 'iris' with an alias 'champion'.",
+    ),
+    413: ("The body is too large", "The body is larger than 33554432 bytes; send fewer rows."),
+    415: ("The body is packed", "Send the body as it is; gzip is not taken."),
+    422: (
+        "The request, or the model, has to be changed",
+        "Row 2 of data has 3 values, but row 1 has 4.",
+    ),
+    500: ("The model's own code failed", "The model failed: ZeroDivisionError: division by zero"),
+    502: ("MLflow refused", "MLflow answered 403: Permission denied"),
+    503: (
+        "Something needed is away for now; Retry-After says when to try again",
+        "MLflow at https://mlflow.example does not answer (connection refused).",
+    ),
+    504: (
+        "It took too long",
+        "The prediction of model 'iris' version 1 took longer than 60 seconds.",
+    ),
+    507: ("There is no room", "The model server's disk is full; make room on it, then ask again."),
+}
+
+
+def answers(*statuses: int, protocol: type[Problem | InferenceProblem] = Problem) -> dict[Any, Any]:
+    """The problems that a route can answer with, as OpenAPI has them."""
+    (field,) = protocol.model_fields
+    return {
+        status: {
+            "model": protocol,
+            "description": _EXAMPLES[status][0],
+            "content": {"application/json": {"example": {field: _EXAMPLES[status][1]}}},
+        }
+        for status in statuses
+    }
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Let the application answer every error with a sentence."""
+    app.add_exception_handler(ModelServerError, _tell_error)
+    app.add_exception_handler(RequestValidationError, _tell_invalid)
+    app.add_exception_handler(HTTPException, _tell_unknown)
+    app.add_exception_handler(OSError, _tell_full_disk)
+    app.add_exception_handler(Exception, _tell_bug)
+
+
+def problem(
+    request: Request, detail: str, status: int, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An answer that says what was wrong."""
+    headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
+    return JSONResponse({_field(request): detail}, status, headers)
+
+
+def _field(request: Request) -> str:
+    """V2 calls it error. By the route, as a model may be called v2 too."""
+    path: str = getattr(request.scope.get("route"), "path", request.scope["path"])
+    return "error" if path == _V2 or path.startswith(f"{_V2}/") else "detail"
+
+
+async def _tell_error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, ModelServerError):
+        raise error
+    return problem(request, str(error), status_of(error))
+
+
+async def _tell_invalid(request: Request, error: Exception) -> JSONResponse:
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    return problem(request, describe(problems), _INVALID)
+
+
+async def _tell_unknown(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, HTTPException):
+        raise error
+    detail = f"{error.detail}: there is no {request.method} of this address; see /docs."
+    return problem(request, detail, error.status_code, dict(error.headers or {}))
+
+
+async def _tell_full_disk(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    return problem(request, _EXAMPLES[_NO_ROOM][1], _NO_ROOM)
+
+
+async def _tell_bug(request: Request, _: Exception) -> JSONResponse:
+    request_id = request.scope["asked"].id
+    detail = f"This is a mistake of the model server; its log says more by the id {request_id}."
+    return problem(request, detail, _FAILED, {"X-Request-ID": request_id})
+
+
+def describe(problems: Any) -> str:
+    """What pydantic found, as sentences."""
+    sentences = []
+    for found in problems[:_PROBLEMS_SHOWN]:
+        where = ".".join(
+            str(part)[:_LONGEST_PART] for part in found["loc"] if part not in {"path", "body"}
+        )
+        message = found["msg"]
+        sentences.append(f"{where}: {message}." if where else f"The body is wrong: {message}.")
+    if len(problems) > _PROBLEMS_SHOWN:
+        sentences.append(f"And {len(problems) - _PROBLEMS_SHOWN} more.")
+    return " ".join(sentences)

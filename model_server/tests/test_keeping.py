@@ -1,0 +1,358 @@
+"""What runs becomes what shall run: over hosts, crashes, restarts and moved aliases."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from hosts import Host, eventually, running, runners_of
+from light_models import Shelf
+from model_server.settings import Settings
+
+
+@pytest.fixture
+def host(light: Settings, shelf: Shelf) -> Iterator[Host]:
+    shelf.put("rose", 1, "one")
+    with running(light) as (host,):
+        yield host
+
+
+@pytest.fixture
+def hosts(light: Settings, shelf: Shelf, tmp_path: Path) -> Iterator[list[Host]]:
+    """Two hosts with one catalog."""
+    shelf.put("rose", 1, "one")
+    with running(light, _another(light, tmp_path)) as hosts:
+        for host in hosts:
+            eventually(host.is_ready)
+        yield hosts
+
+
+def _another(light: Settings, tmp_path: Path) -> Settings:
+    return light.model_copy(
+        update={
+            "state_dir": tmp_path / "state of another",
+            "runtime_dir": tmp_path / "r2",
+        }
+    )
+
+
+def _kill(host: Host) -> int:
+    (process,) = host.runners()
+    os.kill(process, signal.SIGKILL)
+    eventually(lambda: process in host.runners(), wanted=False)
+    return process
+
+
+# Several hosts.
+
+
+def test_what_one_host_loads_the_other_one_serves(hosts: list[Host]) -> None:
+    here, there = hosts
+    assert here.load("rose", 1).status_code == 200
+    # At once: who comes first waits for it.
+    assert there.answer("rose", 1) == "one"
+    eventually(lambda: [host.states() for host in hosts], wanted=2 * [{("rose", 1): "ready"}])
+
+
+def test_the_other_host_starts_it_before_anybody_asks(hosts: list[Host]) -> None:
+    here, there = hosts
+    here.load("rose", 1)
+    assert [entry["version"] for entry in there.listing()] == [1]
+    eventually(lambda: len(there.runners()), wanted=1)
+
+
+def test_two_hosts_may_load_the_same_at_once(hosts: list[Host]) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda n: hosts[n % 2].load("rose", 1), range(8)))
+    assert [answer.status_code for answer in answers] == 8 * [200]
+    assert [len(host.runners()) for host in hosts] == [1, 1]
+
+
+def test_unloaded_on_one_host_it_is_never_answered_on_the_other(
+    hosts: list[Host], shelf: Shelf
+) -> None:
+    here, there = hosts
+    here.load("rose", 1)
+    assert there.answer("rose", 1) == "one"
+    # From now on, whoever answers "one" is an old runner: the first use again gets a new model.
+    shelf.registry.versions.clear()
+    assert here.unload("rose", 1).json()["state"] == "unloaded"
+    assert [there.answer("rose", 1) for _ in range(40)] == 40 * [404]
+    assert there.listing() == []
+    eventually(there.runners, wanted={}, seconds=5)
+
+
+def test_an_alias_moves_on_both_hosts_without_a_failed_request(
+    hosts: list[Host], shelf: Shelf
+) -> None:
+    shelf.put("rose", 2, "two")
+    shelf.point("rose", "champion", 1)
+    hosts[0].load("rose", "champion")
+    for host in hosts:
+        assert host.answer("rose", "champion") == "one"
+    moved = Event()
+
+    def ask(host: Host) -> list[object]:
+        answers = []
+        while not moved.is_set():
+            answers.append(host.answer("rose", "champion"))
+        return answers
+
+    with ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(ask, host) for host in 2 * hosts]
+        shelf.point("rose", "champion", 2)
+        began = time.monotonic()
+        try:
+            for host in hosts:
+                eventually(lambda host=host: host.answer("rose", "champion"), wanted="two")
+            took = time.monotonic() - began
+            # Until the old version has gone, too.
+            for host in hosts:
+                eventually(host.states, wanted={("rose", 2): "ready"})
+                eventually(lambda host=host: len(host.runners()), wanted=1)
+        finally:
+            moved.set()
+    assert took < 10
+    for answers in [job.result() for job in asking]:
+        assert set(answers) == {"one", "two"}
+        # Never back again.
+        assert answers == sorted(answers)
+
+
+# Crashes.
+
+
+def test_a_crashed_runner_comes_back_and_callers_do_not_wait(host: Host) -> None:
+    host.load("rose", 1)
+    _kill(host)
+    began = time.monotonic()
+    answer = host.ask("rose", 1)
+    assert time.monotonic() - began < 1
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    eventually(lambda: host.answer("rose", 1), wanted="one")
+    assert host.states() == {("rose", 1): "ready"}
+
+
+def test_a_crashed_runner_comes_back_before_anybody_asks(host: Host) -> None:
+    host.load("rose", 1)
+    old = _kill(host)
+    eventually(lambda: len(host.runners()), wanted=1)
+    assert old not in host.runners()
+
+
+def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(
+    host: Host, shelf: Shelf, tmp_path: Path
+) -> None:
+    starts = tmp_path / "starts"
+    shelf.put("nettle", 1, "ouch", load=f"open({str(starts)!r}, 'a').write('+')")
+    host.load("nettle", 1)
+    for _ in range(2):
+        assert host.ask("nettle", 1, "kill").status_code == 503
+        eventually(lambda: host.answer("nettle", 1), wanted="ouch")
+    assert host.ask("nettle", 1, "kill").status_code == 503
+    (entry,) = host.listing()
+    assert entry["state"] == "failed"
+    assert "ended (SIGKILL)" in entry["problem"]
+    # The third pause is one of four seconds.
+    answer = host.ask("nettle", 1)
+    assert answer.status_code == 503
+    assert "ended (SIGKILL)" in answer.json()["detail"]
+    assert starts.read_text() == "+++"
+
+
+def test_a_request_that_kills_its_model_is_not_asked_twice(
+    host: Host, shelf: Shelf, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked"
+    shelf.put(
+        "nettle",
+        1,
+        "ouch",
+        predict=f"open({str(asked)!r}, 'a').write('+'); os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    host.load("nettle", 1)
+    assert host.ask("nettle", 1).status_code == 503
+    assert asked.read_text() == "+"
+
+
+# Restarts.
+
+
+def test_what_was_loaded_comes_back_after_a_restart(light: Settings, shelf: Shelf) -> None:
+    shelf.put("rose", 1, "one")
+    shelf.point("rose", "champion", 1)
+    with running(light) as (host,):
+        host.load("rose", "champion")
+        (since,) = [entry["since"] for entry in host.listing()]
+    eventually(lambda: runners_of(light), wanted={})
+    with running(light) as (host,):
+        eventually(host.is_ready)
+        assert host.states() == {("rose", 1): "ready"}
+        (entry,) = host.listing()
+        assert (entry["since"], entry["aliases"]) == (since, ["champion"])
+        assert host.answer("rose", "champion") == "one"
+
+
+def test_what_was_loaded_comes_back_with_everything_else_away(
+    light: Settings, shelf: Shelf, tmp_path: Path
+) -> None:
+    shelf.put("rose", 1, "one")
+    with running(light) as (host,):
+        host.load("rose", 1)
+    eventually(lambda: runners_of(light), wanted={})
+    shelf.registry.close()
+    assert light.database_url is not None
+    database = Path(light.database_url.get_secret_value().removeprefix("sqlite:///"))
+    database.rename(tmp_path / "lost")
+    database.mkdir()
+    with running(light) as (host,):
+        eventually(host.is_ready)
+        assert host.answer("rose", 1) == "one"
+        assert host.states() == {("rose", 1): "ready"}
+        assert host.unload("rose", 1).status_code == 503
+        assert host.load("rose", 1).status_code == 503
+        assert host.answer("rose", 1) == "one"
+
+
+# Aliases.
+
+
+def test_a_version_that_fails_its_warm_up_gets_no_traffic_and_says_so(
+    host: Host, shelf: Shelf
+) -> None:
+    shelf.put("rose", 2, "two", predict="raise RuntimeError('it withered')")
+    shelf.example("rose", 2)
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", 2)
+    answers = set()
+
+    def problem() -> bool:
+        answers.add(host.answer("rose", "champion"))
+        return host.listing()[0]["problem"] is not None
+
+    eventually(problem)
+    (entry,) = host.listing()
+    assert (entry["version"], entry["state"]) == (1, "ready")
+    assert "'champion' means version 2" in entry["problem"]
+    assert "it withered" in entry["problem"]
+    assert answers == {"one"}
+    eventually(lambda: len(host.runners()), wanted=1)
+    # A better version is a way out, and so is the way back.
+    shelf.put("rose", 3, "three")
+    shelf.point("rose", "champion", 3)
+    eventually(lambda: host.answer("rose", "champion"), wanted="three")
+    assert host.listing()[0]["problem"] is None
+
+
+def test_a_deleted_alias_goes_on_and_says_so(host: Host, shelf: Shelf) -> None:
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", None)
+    eventually(lambda: "no model 'rose' with an alias" in str(host.listing()[0]["problem"]))
+    assert host.answer("rose", "champion") == "one"
+    shelf.point("rose", "champion", 1)
+    eventually(lambda: host.listing()[0]["problem"], wanted=None)
+
+
+def test_an_alias_means_the_same_with_both_flavors(host: Host, shelf: Shelf) -> None:
+    shelf.put("rose", 2, "two")
+    shelf.point("rose", "champion", 1)
+    for flavor in ("pyfunc", "sklearn"):
+        assert host.answer("rose", "champion", flavor) == "one"
+    shelf.point("rose", "champion", 2)
+    for flavor in ("pyfunc", "sklearn"):
+        eventually(lambda flavor=flavor: host.answer("rose", "champion", flavor), wanted="two")
+    assert host.unload("rose", "champion", "sklearn").json()["version"] == 2
+    assert [entry["model_flavor"] for entry in host.listing()] == ["pyfunc"]
+    assert host.answer("rose", "champion") == "two"
+
+
+def test_a_version_asked_for_by_its_number_stays_when_an_alias_moves_away(
+    host: Host, shelf: Shelf
+) -> None:
+    shelf.put("rose", 2, "two")
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    host.load("rose", 1)
+    shelf.point("rose", "champion", 2)
+    eventually(lambda: host.answer("rose", "champion"), wanted="two")
+    assert host.states() == {("rose", 1): "ready", ("rose", 2): "ready"}
+
+
+def test_a_version_made_anew_under_an_alias_takes_the_place_of_the_old_one(
+    host: Host, shelf: Shelf
+) -> None:
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.put("rose", 1, "another one")
+    shelf.registry.created += 1
+    eventually(lambda: host.answer("rose", "champion"), wanted="another one")
+    assert len(host.runners()) == 1
+
+
+# Idle models and the memory budget.
+
+
+def test_an_idle_model_gives_its_memory_back_until_it_is_asked(
+    light: Settings, shelf: Shelf
+) -> None:
+    shelf.put("rose", 1, "one")
+    with running(light.model_copy(update={"idle_unload_seconds": 1})) as (host,):
+        host.load("rose", 1)
+        eventually(host.states, wanted={("rose", 1): "stopped"})
+        assert host.runners() == {}
+        assert host.listing()[0]["memory_bytes"] is None
+        assert host.answer("rose", 1) == "one"
+        # In use, it stays.
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            assert host.answer("rose", 1) == "one"
+        assert host.states() == {("rose", 1): "ready"}
+
+
+@pytest.fixture
+def heavy(shelf: Shelf) -> Shelf:
+    """Three models of 40 MiB each, beside what Python takes."""
+    for name in ("oak", "ash", "elm"):
+        shelf.put(name, 1, name, load="ballast = os.urandom(40 * 2**20)")
+    return shelf
+
+
+def test_a_model_that_does_not_fit_is_refused(light: Settings, heavy: Shelf) -> None:
+    assert heavy.registry.versions
+    with running(light.model_copy(update={"memory_budget": 120 * 2**20})) as (host,):
+        assert [host.load(name, 1).status_code for name in ("oak", "ash")] == [200, 200]
+        answer = host.load("elm", 1)
+        assert answer.status_code == 507
+        assert "120 MiB" in answer.json()["detail"]
+        assert host.answer("elm", 1) == 507
+        assert host.states() == {("ash", 1): "ready", ("oak", 1): "ready"}
+        eventually(lambda: len(host.runners()), wanted=2)
+        host.unload("oak", 1)
+        assert host.answer("elm", 1) == "elm"
+
+
+def test_the_model_used_least_recently_makes_room(light: Settings, heavy: Shelf) -> None:
+    assert heavy.registry.versions
+    settings = light.model_copy(
+        update={"memory_budget": 120 * 2**20, "memory_policy": "unload_least_recent"}
+    )
+    with running(settings) as (host,):
+        for name in ("oak", "ash"):
+            assert host.load(name, 1).status_code == 200
+        assert host.answer("elm", 1) == "elm"
+        assert host.states() == {("ash", 1): "ready", ("elm", 1): "ready", ("oak", 1): "stopped"}
+        assert host.answer("oak", 1) == "oak"
+        assert host.states() == {("ash", 1): "stopped", ("elm", 1): "ready", ("oak", 1): "ready"}
+        assert len(host.runners()) == 2
+    alone = settings.model_copy(update={"memory_budget": 30 * 2**20})
+    eventually(lambda: runners_of(light), wanted={})
+    with running(alone) as (host,):
+        assert host.answer("oak", 1) == 507
