@@ -236,10 +236,10 @@ def hostile(server: Client, tracking: Client, trained: dict[str, Any]) -> None:
 def limits_hold(host: Any) -> None:
     """Fail unless this host heeds the limits of units at all: some containers do not."""
     run = "systemd-run --quiet --wait --pipe --property"
-    eat = host.run(f"{run} MemoryMax=64M python3 -c 'print(len(bytes([1]) * 2**28))'")
-    assert eat.rc != 0, f"MemoryMax is not heeded here: {eat.stdout}"
-    fork = host.run(f"{run} TasksMax=5 sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 1 & done'")
-    assert "fork" in fork.stderr.lower(), f"TasksMax is not heeded here: {fork.stderr}"
+    eat = f"{run} MemoryMax=64M python3 -c 'print(len(bytes([1]) * 2**28))'"
+    assert "268435456" not in host.run(f"{eat} || true").stdout, "MemoryMax is not heeded here"
+    fork = f"{run} TasksMax=5 sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 1 & done'"
+    assert "fork" in host.run(f"{fork} || true").stderr.lower(), "TasksMax is not heeded here"
 
 
 def attempt(server: Client, code: str, **given: Any) -> Answer:
@@ -316,7 +316,7 @@ def test_sees_nothing_of_the_host(host: Any, server: Client, hostile: None) -> N
     secrets = [one for one in scenario.secrets().values() if isinstance(one, str)]
     assert secrets
     assert [one for one in secrets if one in json.dumps(seen)] == []
-    private = ("/etc/odsp", "/var/lib", "/run", "/home", "/root")
+    private = ("/etc/odsp", "/var/lib", "/run/", "/home", "/root")
     assert [file for file in seen["files"] if file.startswith(private)] == []
     assert "/etc/passwd" not in seen["files"]
     assert {"model", "environment", "scratch"} <= set(seen["root"])
