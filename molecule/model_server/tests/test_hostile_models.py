@@ -84,7 +84,7 @@ with mlflow.start_run():
                             registered_model_name=v["name"])
 print("null")
 """
-#: Asks the neighbour without a pause, and counts what it gets.
+#: Asks the neighbour ten times a second, and counts what it gets.
 ASK_NEIGHBOUR = """
 import os, pathlib, requests, time
 asked = failed = 0
@@ -100,6 +100,7 @@ while True:
         pathlib.Path(v["running"]).touch()
     elif not os.path.exists(v["running"]):
         break
+    time.sleep(0.1)
 print(json.dumps({"asked": asked, "failed": failed, "slowest": slowest}))
 """
 #: Everything a process can see and read, outside what every Debian has.
