@@ -210,9 +210,11 @@ class ModelHost:
         return record
 
     def forget_starts(self) -> None:
-        """Begin anew: what ran under a service that has ended does not count as crashed."""
+        """Begin anew: what ended with the service before does not count as crashed."""
         for record in self.records():
-            self._write(replace(record, started=None, failures=0, retry_at=0.0, problem=None))
+            goes_on = self._processes.outlive_service and self._lives(record)
+            started = record.started if goes_on else None
+            self._write(replace(record, started=started, failures=0, retry_at=0.0, problem=None))
 
     def unload_idle(self, seconds: float) -> None:
         """Rest what nobody has used for so long."""

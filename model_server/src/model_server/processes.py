@@ -57,6 +57,9 @@ class Processes(ABC):
     A name is made of lower case letters, digits and hyphens, 22 at most.
     """
 
+    outlive_service = False
+    """Whether runners go on when the last worker of the service ends."""
+
     @abstractmethod
     def address(self, name: str) -> Path:
         """The Unix socket that a runner listens on."""

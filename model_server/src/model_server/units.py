@@ -50,6 +50,8 @@ def processes_for(settings: Settings) -> Processes:
 class UnitProcesses(Processes):
     """Runners as instances of `odsp-model_runner@.service`; they outlive the server's restart."""
 
+    outlive_service = True
+
     def __init__(
         self, settings: Settings, *, helper: Path = _HELPER, groups: Path = _CONTROL_GROUPS
     ) -> None:
