@@ -14,6 +14,7 @@ from model_server.problems import add_problem_handlers
 from model_server.registry import ModelRegistry
 from model_server.serving import ModelServing
 from model_server.settings import Settings
+from model_server.units import processes_for
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -25,6 +26,7 @@ def create_app(settings: Settings) -> FastAPI:
         Catalog(settings.database),
         ModelRegistry.connect(settings),
         Environments(settings),
+        processes_for(settings),
     )
 
     @asynccontextmanager

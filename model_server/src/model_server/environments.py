@@ -141,8 +141,9 @@ class Environments:
             python = ["--python", sys.executable, "--no-python-downloads"]
             self._run(["venv", "--quiet", "--relocatable", *python, "."], partial, deadline, [])
             (partial / "requirements.txt").write_text("\n".join(requirements) + "\n")
-            install = ["pip", "install", "--no-progress", "--compile-bytecode"]
-            install += ["--python", "bin/python"]
+            # Not compiled here: for that uv runs the environment's Python, with all that packages
+            # have it do at its start.
+            install = ["pip", "install", "--no-progress", "--python", "bin/python"]
             if self._settings.wheels_dir:
                 install += ["--no-index", "--find-links", str(self._settings.wheels_dir)]
             if not self._settings.allow_source_builds:

@@ -49,6 +49,10 @@ class RunnerBusyError(ModelServerError):
     """So many callers wait for a model already that one more is sent away."""
 
 
+class RunnerUnavailableError(ModelServerError):
+    """Processes of models cannot be started or stopped now."""
+
+
 class DeadlineExceededError(ModelServerError):
     """A load or a prediction took longer than allowed."""
 
@@ -81,6 +85,7 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     ModelFailedError: 500,
     RunnerEndedError: 503,
     RunnerBusyError: 503,
+    RunnerUnavailableError: 503,
     DeadlineExceededError: 504,
     IndexUnavailableError: 503,
     RegistryUnavailableError: 503,

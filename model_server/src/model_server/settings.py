@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     registry_timeout_seconds: Seconds = 30
     stop_timeout_seconds: Seconds = 10
     """How long a runner may take to end before it is killed."""
+    runner_units: bool = False
+    """Whether runners are units of systemd, as the platform's role installs them."""
     runner_threads: Annotated[int, Field(ge=1)] = 1
     """Threads of BLAS and OpenMP in each runner."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 32 * 2**20

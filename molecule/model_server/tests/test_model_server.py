@@ -73,6 +73,22 @@ FAULTY: list[tuple[str, Any, str]] = [
         "8",
         f'is "8"; {SIZE}',
     ),
+    ("model_server_model_memory_max", "2", f'is "2"; {SIZE}'),
+    ("model_server_models_memory_max", "all", f'is "all"; {SIZE}'),
+    ("model_server_model_tasks_max", 4, "is 4; give a model at least 16"),
+    ("model_server_model_cpu_quota", "2", 'is "2"; write a share of one processor as 200%'),
+    (
+        "model_server_memory_budget",
+        "6 GB",
+        'is "6 GB"; write a number with K, M, G or T, or 0 for no budget',
+    ),
+    ("model_server_idle_unload_seconds", -1, "is -1; write seconds, or 0 for never"),
+    ("model_server_environment_keep_days", 0, "is 0; keep an environment for at least 1 day"),
+    (
+        "model_server_wheels_dir",
+        "wheels",
+        'is "wheels"; write a whole path, or leave it empty',
+    ),
 ]
 
 
@@ -180,8 +196,8 @@ def workers(host: Any) -> set[int]:
 
 def runners(host: Any) -> set[int]:
     """Return the processes that hold models."""
-    found = host.run("pgrep -u model_server -f runner/__main__.py").stdout
-    return {int(one) for one in found.split()}
+    shown = "systemctl show --value --property MainPID 'odsp-model_runner@*.service'"
+    return {int(one) for one in host.check_output(shown).split()}
 
 
 def test_unit_is_enabled_running_and_confined(host: Any) -> None:
@@ -426,7 +442,7 @@ def test_full_disk(
 ) -> None:
     """No room costs a load, not the service."""
     folder = f"{FILES}/models"
-    listing = f"ls -A {folder} | grep -v odsp-filler"
+    listing = f"ls -A {folder} | grep -vE 'odsp-filler|[.]lock$'"
     with faults.full_disk(host, UNIT, folder, mib=16) as disk:
         server.wait_for("/health/ready")
         before, files = scenario.main_pid(host, UNIT), host.check_output(listing)
@@ -448,8 +464,8 @@ def test_full_disk(
 
 @pytest.mark.fault(
     "out of memory",
-    "A request that makes the service take more than model_server_memory_max costs the process "
-    "that took it, which the kernel ends; the server itself goes on, with what was loaded.",
+    "A request that makes the server take more than model_server_memory_max costs the HTTP process "
+    "that took it, which the kernel ends; the server itself and its models go on.",
 )
 def test_out_of_memory(
     host: Any, server: Client, in_use: dict[str, Any], measured: Callable[[str], None]
