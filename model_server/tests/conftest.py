@@ -1,3 +1,4 @@
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,11 @@ case "$2" in
     if grep -q slow-package requirements.txt; then sleep 30; fi ;;
 esac
 """
+
+
+def coverage_settings() -> dict[str, str]:
+    """What has a process that gets an environment of its own measured, too."""
+    return {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from threading import Event
 import httpx2
 import pytest
 
-from conftest import TrainedModels
+from conftest import TrainedModels, coverage_settings
 from model_server.settings import Settings
 from registry_server import RegistryServer
 
@@ -24,7 +24,7 @@ NAME = "iris%20&%20co."
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    return {
+    return coverage_settings() | {
         "PATH": os.environ["PATH"],
         "HOME": str(settings.state_dir.parent),
         "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
