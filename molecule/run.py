@@ -567,10 +567,10 @@ def main() -> int:
 
     # The model server's tests have the machine to themselves; then the platform that comes up
     # leaves a core to what needs no hosts.
-    alone = [tier for tier in given.tiers if tier == "unit"]
+    first = [tier for tier in given.tiers if tier == "unit"]
     with_hosts = [tier for tier in given.tiers if tier in HOSTS_NEEDED]
-    others = [tier for tier in given.tiers if tier not in (*alone, *with_hosts)]
-    results = run_tiers(alone)
+    others = [tier for tier in given.tiers if tier not in (*first, *with_hosts)]
+    results = run_tiers(first)
     with ThreadPoolExecutor() as pool:
         for scores in pool.map(run_tiers, (others, with_hosts)):
             results += scores

@@ -266,10 +266,11 @@ def test_a_host_that_is_killed_fails_no_request(
 def test_a_rolling_change_fails_no_request(
     platform: Platform, hosts: list[str], door: Door, ways: Ways
 ) -> None:
-    """Another number of processes restarts every host, one after the other, and back again."""
+    """Other limits restart servers and models, host by host, and so does the way back."""
     before = {host: scenario.units(platform.on(host)) for host in hosts}
+    other = {"model_server_workers": 1, "model_server_model_tasks_max": 96}
     with calling(door) as callers:
-        for change in ({"model_server_workers": 1}, {}):
+        for change in (other, {}):
             run = platform.play("serving.yml", "--extra-vars", json.dumps(change))
             assert run.returncode == 0, run.stdout[-5000:]
             for host in hosts:
