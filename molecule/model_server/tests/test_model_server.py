@@ -40,6 +40,45 @@ EMPTY = (
 )
 NAME = "may hold letters, digits, _, - and . only; choose another name"
 SIZE = "write a number with K, M, G or T, a share of the memory as 80%, or infinity"
+#: Has callers ask all the time while the server is told to replace its workers; says what went wrong.
+RELOAD = """
+import pathlib, subprocess, threading, time, requests
+def shown(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+def workers():
+    main = shown("systemctl", "show", "--value", "--property=MainPID", v["unit"])[0]
+    return set(pathlib.Path(f"/proc/{main}/task/{main}/children").read_text().split())
+over, complaints, answers = threading.Event(), [], []
+def ask():
+    session = requests.Session()
+    session.verify, session.cert = v["authority"], (v["pair"] + ".crt", v["pair"] + ".key")
+    while not over.is_set():
+        try:
+            answer = session.post(v["url"], json=v["question"], timeout=60)
+            if answer.json() != {"prediction": v["wanted"]}:
+                complaints.append(answer.text[:300])
+        except Exception as error:
+            complaints.append(repr(error)[:300])
+        answers.append(time.monotonic())
+def go_on():
+    goal, end = len(answers) + 200, time.monotonic() + 120
+    while len(answers) < goal and time.monotonic() < end:
+        time.sleep(0.1)
+callers = [threading.Thread(target=ask) for _ in range(4)]
+for caller in callers:
+    caller.start()
+go_on()
+before = workers()
+shown("systemctl", "reload", v["unit"])
+end = time.monotonic() + 120
+while before & workers() and time.monotonic() < end:
+    time.sleep(0.1)
+go_on()
+over.set()
+for caller in callers:
+    caller.join()
+print(json.dumps([len(answers), complaints[:10], len(before & workers())]))
+"""
 #: Inputs that cannot work in a way their types do not show, and what is said of each.
 FAULTY: list[tuple[str, Any, str]] = [
     ("model_server_listen_address", "", EMPTY),
@@ -282,6 +321,23 @@ def test_what_was_loaded_comes_back(
     server.wait_for("/health/ready")
     assert (MODEL, "sklearn", 1, "ready") in loaded(server)
     assert_predicts(server, in_use)
+
+
+@pytest.mark.once
+def test_a_reload_fails_no_request(host: Any, server: Client, in_use: dict[str, Any]) -> None:
+    """All HTTP processes are replaced under callers who keep their connections; models stay."""
+    models = runners(host)
+    answers, complaints, stayed = server.run(
+        RELOAD,
+        unit=UNIT,
+        url=f"{server.url}/{MODEL}/champion",
+        question={"data": in_use["rows"], "model_flavor": "sklearn"},
+        wanted=in_use["predict"],
+        pair=server.pair,
+        authority=scenario.CA,
+    )
+    assert (answers >= 400, complaints, stayed) == (True, [], 0)
+    assert runners(host) == models
 
 
 def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
