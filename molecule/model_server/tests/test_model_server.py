@@ -40,7 +40,7 @@ EMPTY = (
 )
 NAME = "may hold letters, digits, _, - and . only; choose another name"
 SIZE = "write a number with K, M, G or T, a share of the memory as 80%, or infinity"
-#: Has callers ask all the time while the server is told to replace its workers; says what went wrong.
+#: Has callers ask all the time while the server replaces its workers, and says what went wrong.
 RELOAD = """
 import pathlib, subprocess, threading, time, requests
 def shown(*command):
