@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -9,26 +10,37 @@ from pathlib import Path
 from gunicorn.app.base import BaseApplication
 
 from model_server import __version__
+from model_server.app import create_app
 from model_server.log import configure_logging
+from model_server.metrics import share_metrics
 from model_server.processes import serving
-from model_server.settings import InvalidSettingsError, read_settings
+from model_server.settings import InvalidSettingsError, Settings, read_settings
 
 _STATE_DIR = Path("~/.local/state/model-server")
 _WRONG_USAGE = 2
 _KEEP_ALIVE_SECONDS = 75
 """Longer than a door keeps its idle connections, so that it is the door that closes them."""
 
+_WORKERS_MODULES = (
+    *("prometheus_client", "uvicorn.lifespan.on", "uvicorn.loops.auto"),
+    *("uvicorn.protocols.http.auto", "uvloop"),
+)
+"""What every worker imports sooner or later."""
+
 
 class _Gunicorn(BaseApplication):
     """Gunicorn for one address."""
 
-    def __init__(self, bind: str, workers: int, drain_seconds: int) -> None:
+    def __init__(self, settings: Settings, bind: str, workers: int) -> None:
+        self._settings = settings
         self._options = {
+            # One image for all: connections, threads and locks begin in each worker's lifespan.
+            "preload_app": True,
             "bind": bind,
             "workers": workers,
             "worker_class": "model_server.worker.Worker",
             "keepalive": _KEEP_ALIVE_SECONDS,
-            "graceful_timeout": drain_seconds,
+            "graceful_timeout": round(settings.predict_timeout_seconds),
             "proc_name": "model-server",
             "control_socket_disable": True,
         }
@@ -40,10 +52,20 @@ class _Gunicorn(BaseApplication):
                 self.cfg.set(key, value)
 
     def load(self) -> object:
-        """In each worker."""
-        from model_server.asgi import app  # noqa: PLC0415  reads the settings
-
+        """Before the workers are forked: they share what is in memory now, until it changes."""
+        for module in _WORKERS_MODULES:
+            importlib.import_module(module)
+        app = create_app(self._settings)
+        # Of an application before this one, nothing is kept.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         return app
+
+    def reload(self) -> None:
+        """On SIGHUP: the next workers have certificates as they are now."""
+        super().reload()
+        self.callable = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,18 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     except InvalidSettingsError as error:
         sys.stderr.write(f"The model server cannot start: {error}\n")
         return _WRONG_USAGE
-    # What is imported now lies in memory once for all workers.
-    import model_server.app  # noqa: F401, PLC0415
-
     configure_logging()
-    gc.collect()
-    gc.freeze()
+    share_metrics(settings.sockets, os.getpid())
     host = f"[{options.host}]" if ":" in options.host else options.host
     # Runners live as long as this does, whatever becomes of single workers.
     with serving(settings):
-        _Gunicorn(
-            f"{host}:{options.port}", options.workers, round(settings.predict_timeout_seconds)
-        ).run()
+        _Gunicorn(settings, f"{host}:{options.port}", options.workers).run()
     return 0
 
 

@@ -1,5 +1,6 @@
 """The application for an ASGI server: `gunicorn -k model_server.worker.Worker ...`."""
 
+import os
 import sys
 
 from model_server.app import create_app
@@ -14,5 +15,5 @@ except InvalidSettingsError as error:
     sys.stderr.write(f"The model server cannot start: {error}\n")
     # Gunicorn takes this status for "do not try again".
     raise SystemExit(3) from None
-share_metrics(_settings.sockets)
+share_metrics(_settings.sockets, os.getppid())
 app = create_app(_settings)

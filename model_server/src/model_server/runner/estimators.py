@@ -1,6 +1,7 @@
 """Load a scikit-learn estimator as MLflow's flavor `sklearn` does, without importing MLflow."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import pickle
@@ -16,7 +17,8 @@ _SETTINGS = {
     *("pickled_model", "serialization_format", "code", "sklearn_version", "skops_trusted_types"),
 }
 _MAY_UNPICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
-_PANDAS = "pandas"
+_LATER = ("pandas", "pyarrow")
+"""What scikit-learn imports where it is installed, though an estimator of arrays needs neither."""
 
 
 def is_usual(flavor: dict[str, Any] | None) -> bool:
@@ -35,8 +37,8 @@ def load_estimator(folder: Path, flavor: dict[str, Any]) -> Any:
     """The estimator of a model's folder, where `is_usual`; raises whatever its code raises."""
     if flavor.get("code"):
         sys.path.insert(0, str(folder / flavor["code"]))
-    with _pandas_waits(), suppress(ImportError):
-        # The only one of scikit-learn's modules that imports pandas when it is imported.
+    with _imported_later(), suppress(ImportError):
+        # The only one of scikit-learn's modules that imports them when it is imported.
         importlib.import_module("sklearn.utils.fixes")
     path = folder / flavor["pickled_model"]
     format_ = flavor.get("serialization_format", _FORMATS[0])
@@ -54,23 +56,29 @@ class _Later(ModuleType):
     """Stands for a module until somebody uses something of it."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            with suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(self.__name__)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextmanager
-def _pandas_waits() -> Iterator[None]:
-    """Whoever imports pandas meanwhile gets it with its first use, which may never come.
+def _imported_later() -> Iterator[None]:
+    """Whoever imports pandas or pyarrow meanwhile gets it with its first use.
 
-    Pandas and pyarrow take 40 to 65 MB, and an estimator of arrays needs neither.
+    That may never come, and they take 40 to 65 MB.
     """
-    if _PANDAS in sys.modules or importlib.util.find_spec(_PANDAS) is None:
-        yield
-        return
-    later = sys.modules[_PANDAS] = _Later(_PANDAS)
+    waiting = [
+        _Later(name)
+        for name in _LATER
+        if name not in sys.modules and importlib.util.find_spec(name) is not None
+    ]
+    sys.modules.update({module.__name__: module for module in waiting})
     try:
         yield
     finally:
-        if sys.modules.get(_PANDAS) is later:
-            del sys.modules[_PANDAS]
+        for module in waiting:
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
