@@ -1,9 +1,10 @@
-"""The command `model-server`: everything alone on one machine, by one command."""
+"""The command `model-server`: the whole service by one command, on a laptop as on the platform."""
 
 import argparse
 import gc
 import importlib
 import os
+import ssl
 import sys
 from pathlib import Path
 
@@ -22,8 +23,8 @@ _KEEP_ALIVE_SECONDS = 75
 """Longer than a door keeps its idle connections, so that it is the door that closes them."""
 
 _WORKERS_MODULES = (
-    *("prometheus_client", "uvicorn.lifespan.on", "uvicorn.loops.auto"),
-    *("uvicorn.protocols.http.auto", "uvloop"),
+    *("prometheus_client", "uvicorn.lifespan.on"),
+    *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl"),
 )
 """What every worker imports sooner or later."""
 
@@ -31,13 +32,18 @@ _WORKERS_MODULES = (
 class _Gunicorn(BaseApplication):
     """Gunicorn for one address."""
 
-    def __init__(self, settings: Settings, bind: str, workers: int) -> None:
+    def __init__(self, settings: Settings, options: argparse.Namespace) -> None:
+        host = f"[{options.host}]" if ":" in options.host else options.host
         self._settings = settings
         self._options = {
             # One image for all: connections, threads and locks begin in each worker's lifespan.
             "preload_app": True,
-            "bind": bind,
-            "workers": workers,
+            "bind": f"{host}:{options.port}",
+            "workers": options.workers,
+            "certfile": options.certfile,
+            "keyfile": options.keyfile,
+            "ca_certs": options.ca_certs,
+            "cert_reqs": ssl.CERT_REQUIRED if options.ca_certs else ssl.CERT_NONE,
             "worker_class": "model_server.worker.Worker",
             "keepalive": _KEEP_ALIVE_SECONDS,
             "graceful_timeout": round(settings.predict_timeout_seconds),
@@ -82,10 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _WRONG_USAGE
     configure_logging()
     share_metrics(settings.sockets, os.getpid())
-    host = f"[{options.host}]" if ":" in options.host else options.host
     # Runners live as long as this does, whatever becomes of single workers.
     with serving(settings):
-        _Gunicorn(settings, f"{host}:{options.port}", options.workers).run()
+        _Gunicorn(settings, options).run()
     return 0
 
 
@@ -104,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="HTTP workers (%(default)s)")
+    parser.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate")
+    parser.add_argument("--keyfile", metavar="FILE", help="its key, where that is another file")
+    parser.add_argument(
+        "--ca-certs", metavar="FILE", help="let in only who has a certificate of one of these"
+    )
     parser.add_argument(
         "--state-dir",
         type=Path,
