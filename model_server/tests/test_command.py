@@ -135,13 +135,15 @@ def test_only_who_shows_a_certificate_is_let_in(settings: Settings, tmp_path: Pa
             httpx2.get(f"{url}/loaded_models", verify=stranger)
 
 
-def test_the_workers_are_children_of_one_image(settings: Settings, tmp_path: Path) -> None:
-    """Most of what a worker holds it shares, and it has not copied it."""
+def test_workers_share_what_they_do_not_change(settings: Settings, tmp_path: Path) -> None:
+    """A worker that has nothing to do has copied little of what all have."""
     with _running(settings, tmp_path / "log") as (_, process):
+        copied = []
         for worker in _workers(process):
             text = Path(f"/proc/{worker}/smaps_rollup").read_text()
             size = {name: int(value) for name, value in re.findall(r"(\w+): +(\d+) kB", text)}
-            assert size["Shared_Dirty"] > 2 * size["Private_Dirty"]
+            copied.append(size["Private_Dirty"] / size["Shared_Dirty"])
+        assert min(copied) < 1 / 3
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,18 @@ from types import ModuleType
 from typing import Any
 
 _FORMATS = ("pickle", "cloudpickle", "skops")
-_SETTINGS = {
-    *("pickled_model", "serialization_format", "code", "sklearn_version", "skops_trusted_types"),
-}
+_SETTINGS = frozenset(
+    ("pickled_model", "serialization_format", "code", "sklearn_version", "skops_trusted_types")
+)
 _MAY_UNPICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
 _LATER = ("pandas", "pyarrow")
 """What scikit-learn imports where it is installed, though an estimator of arrays needs neither."""
 
 
-def is_usual(flavor: dict[str, Any] | None) -> bool:
+def is_usual(flavor: dict[str, Any]) -> bool:
     """Whether all that this part of a model's MLmodel says is understood here."""
     return (
-        flavor is not None
-        and flavor.keys() <= _SETTINGS
+        flavor.keys() <= _SETTINGS
         and isinstance(flavor.get("pickled_model"), str)
         and isinstance(flavor.get("code"), str | None)
         and flavor.get("serialization_format", _FORMATS[0]) in _FORMATS

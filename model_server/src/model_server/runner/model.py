@@ -137,7 +137,7 @@ def _load_estimator(folder: Path) -> tuple[Any, Any]:
     """The estimator and what MLmodel says of it, by MLflow itself where that is unusual."""
     mlmodel = read_mlmodel(folder)
     flavor = mlmodel.flavors.get("sklearn") if mlmodel else None
-    if is_usual(flavor):
+    if flavor is not None and is_usual(flavor):
         return load_estimator(folder, flavor), mlmodel
     import mlflow.models
     import mlflow.sklearn
