@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -34,14 +35,16 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def _running(settings: Settings, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def _running(
+    settings: Settings, log: Path, *options: str | Path, tls: ssl.SSLContext | bool = False
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+    url = f"https://127.0.0.1:{port}" if tls else f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*COMMAND, "--tracking-uri", settings.tracking_uri, "--port", str(port)],
+            [*COMMAND, "--tracking-uri", settings.tracking_uri, "--port", str(port), *options],
             env=_environment(settings),
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -52,7 +55,7 @@ def _running(settings: Settings, log: Path) -> Iterator[tuple[str, subprocess.Po
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             try:
-                if httpx2.get(f"{url}/health/ready").status_code == 200:
+                if httpx2.get(f"{url}/health/ready", verify=tls).status_code == 200:
                     break
             except httpx2.TransportError:
                 time.sleep(0.05)
@@ -85,6 +88,8 @@ def test_one_command_serves_and_a_reload_loses_no_request(
         (loaded,) = httpx2.get(f"{url}/loaded_models").json()
         before = _workers(process)
         assert len(before) == 2
+        # Said where the application is made: once, before both workers are forked.
+        assert log.read_text().count("nothing limits the memory") == 1
         stopping = Event()
 
         def ask() -> list[int]:
@@ -108,6 +113,27 @@ def test_one_command_serves_and_a_reload_loses_no_request(
         assert (still["state"], still["since"]) == ("ready", loaded["since"])
         assert log.read_text().count("runner started") == 1
     assert process.returncode == 0
+
+
+def test_only_who_shows_a_certificate_is_let_in(settings: Settings, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-noenc", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-out", certificate, "-keyout", key),
+        ],
+        capture_output=True,
+        check=True,
+    )
+    stranger = ssl.create_default_context(cafile=certificate)
+    known = ssl.create_default_context(cafile=certificate)
+    known.load_cert_chain(certificate, key)
+    options = ("--certfile", certificate, "--keyfile", key, "--ca-certs", certificate)
+    with _running(settings, tmp_path / "log", *options, tls=known) as (url, _):
+        assert httpx2.get(f"{url}/loaded_models", verify=known).json() == []
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{url}/loaded_models", verify=stranger)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from model_server import metrics
 from model_server.schemas import LoadedModel
 
 _WORKER = """
+    import os
     import sys
     from pathlib import Path
     from model_server import metrics
-    metrics.share_metrics(Path(sys.argv[1]))
+    metrics.share_metrics(Path(sys.argv[1]), os.getppid())
     metrics.count_worker()
     metrics.count_request("/{a}/{b}", 200)
     metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003)
@@ -113,7 +114,7 @@ def test_an_earlier_services_counters_are_removed(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
     (tmp_path / "metrics-1-1").mkdir()
     (tmp_path / "metrics-999999999-1").mkdir()
-    metrics.share_metrics(tmp_path)
+    metrics.share_metrics(tmp_path, os.getppid())
     (left,) = tmp_path.iterdir()
     assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == str(left)
     assert left.name.startswith(f"metrics-{os.getppid()}-")

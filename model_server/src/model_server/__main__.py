@@ -1,34 +1,52 @@
-"""The command `model-server`: everything alone on one machine, by one command."""
+"""The command `model-server`: the whole service by one command, on a laptop as on the platform."""
 
 import argparse
 import gc
+import importlib
 import os
+import ssl
 import sys
 from pathlib import Path
 
 from gunicorn.app.base import BaseApplication
 
 from model_server import __version__
+from model_server.app import create_app
 from model_server.log import configure_logging
+from model_server.metrics import share_metrics
 from model_server.processes import serving
-from model_server.settings import InvalidSettingsError, read_settings
+from model_server.settings import InvalidSettingsError, Settings, read_settings
 
 _STATE_DIR = Path("~/.local/state/model-server")
 _WRONG_USAGE = 2
 _KEEP_ALIVE_SECONDS = 75
 """Longer than a door keeps its idle connections, so that it is the door that closes them."""
 
+_WORKERS_MODULES = (
+    *("prometheus_client", "uvicorn.lifespan.on"),
+    *("uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl"),
+)
+"""What every worker imports sooner or later."""
+
 
 class _Gunicorn(BaseApplication):
     """Gunicorn for one address."""
 
-    def __init__(self, bind: str, workers: int, drain_seconds: int) -> None:
+    def __init__(self, settings: Settings, options: argparse.Namespace) -> None:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        self._settings = settings
         self._options = {
-            "bind": bind,
-            "workers": workers,
+            # One image for all: connections, threads and locks begin in each worker's lifespan.
+            "preload_app": True,
+            "bind": f"{host}:{options.port}",
+            "workers": options.workers,
+            "certfile": options.certfile,
+            "keyfile": options.keyfile,
+            "ca_certs": options.ca_certs,
+            "cert_reqs": ssl.CERT_REQUIRED if options.ca_certs else ssl.CERT_NONE,
             "worker_class": "model_server.worker.Worker",
             "keepalive": _KEEP_ALIVE_SECONDS,
-            "graceful_timeout": drain_seconds,
+            "graceful_timeout": round(settings.predict_timeout_seconds),
             "proc_name": "model-server",
             "control_socket_disable": True,
         }
@@ -40,10 +58,20 @@ class _Gunicorn(BaseApplication):
                 self.cfg.set(key, value)
 
     def load(self) -> object:
-        """In each worker."""
-        from model_server.asgi import app  # noqa: PLC0415  reads the settings
-
+        """Before the workers are forked: they share what is in memory now, until it changes."""
+        for module in _WORKERS_MODULES:
+            importlib.import_module(module)
+        app = create_app(self._settings)
+        # Of an application before this one, nothing is kept.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         return app
+
+    def reload(self) -> None:
+        """On SIGHUP: the next workers have certificates as they are now."""
+        super().reload()
+        self.callable = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,18 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     except InvalidSettingsError as error:
         sys.stderr.write(f"The model server cannot start: {error}\n")
         return _WRONG_USAGE
-    # What is imported now lies in memory once for all workers.
-    import model_server.app  # noqa: F401, PLC0415
-
     configure_logging()
-    gc.collect()
-    gc.freeze()
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    share_metrics(settings.sockets, os.getpid())
     # Runners live as long as this does, whatever becomes of single workers.
     with serving(settings):
-        _Gunicorn(
-            f"{host}:{options.port}", options.workers, round(settings.predict_timeout_seconds)
-        ).run()
+        _Gunicorn(settings, options).run()
     return 0
 
 
@@ -88,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="HTTP workers (%(default)s)")
+    parser.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate")
+    parser.add_argument("--keyfile", metavar="FILE", help="its key, where that is another file")
+    parser.add_argument(
+        "--ca-certs", metavar="FILE", help="let in only who has a certificate of one of these"
+    )
     parser.add_argument(
         "--state-dir",
         type=Path,

@@ -72,13 +72,12 @@ def _counters() -> _Counters:
     )
 
 
-def share_metrics(runtime_dir: Path) -> None:
-    """Let this worker count for the whole service: that is, for all children of its parent.
+def share_metrics(runtime_dir: Path, service: int) -> None:
+    """Let this process count for the whole service: the process `service` and its children.
 
     To be asked before anything is counted. What an earlier service has counted is removed.
     """
-    parent = os.getppid()
-    directory = runtime_dir / f"{_PREFIX}{parent}-{_start_time(parent)}"
+    directory = runtime_dir / f"{_PREFIX}{service}-{_start_time(service)}"
     directory.mkdir(parents=True, exist_ok=True)
     for other in runtime_dir.glob(f"{_PREFIX}*"):
         process, _, started = other.name.removeprefix(_PREFIX).partition("-")

@@ -230,7 +230,7 @@ def timed(request: Callable[[], Answer]) -> tuple[Answer, float]:
 def workers(host: Any) -> set[int]:
     """Return the processes that speak HTTP."""
     main = scenario.main_pid(host, UNIT)
-    return {int(one) for one in host.run(f"pgrep -P {main} -f gunicorn").stdout.split()}
+    return {int(one) for one in host.run(f"pgrep -P {main} -f model-server").stdout.split()}
 
 
 def runners(host: Any) -> set[int]:

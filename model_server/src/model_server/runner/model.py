@@ -1,10 +1,12 @@
-"""One model: load it with MLflow, ask it, put its errors into sentences."""
+"""One model: load it, ask it, put its errors into sentences."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from .estimators import is_usual, load_estimator
 from .inputs import Column, InputError, model_input
+from .mlmodel import read_mlmodel
 
 _LONGEST_MESSAGE = 1000
 
@@ -101,11 +103,7 @@ class SklearnModel(Model):
     numbers_are_alike = True
 
     def __init__(self, folder: Path) -> None:
-        import mlflow.models
-        import mlflow.sklearn
-
-        self._model = mlflow.sklearn.load_model(str(folder))
-        metadata = mlflow.models.Model.load(str(folder))
+        self._model, metadata = _load_estimator(folder)
         self.batching = _may_batch(metadata)
         self.signature = signature = metadata.signature
         schema = signature.inputs if signature else None
@@ -117,6 +115,9 @@ class SklearnModel(Model):
         self._columns = (
             None if names is None else [Column(str(name), types.get(str(name))) for name in names]
         )
+        if self._columns:
+            # Needed with the first request.
+            import pandas  # noqa: F401, ICN001
 
     def ask(
         self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
@@ -130,6 +131,18 @@ class SklearnModel(Model):
         if not hasattr(self._model, "predict"):
             raise InputError(f"This model, a {type(self._model).__name__}, has no predict.")
         return self._model.predict(_in_order(rows, self._columns))
+
+
+def _load_estimator(folder: Path) -> tuple[Any, Any]:
+    """The estimator and what MLmodel says of it, by MLflow itself where that is unusual."""
+    mlmodel = read_mlmodel(folder)
+    flavor = mlmodel.flavors.get("sklearn") if mlmodel else None
+    if flavor is not None and is_usual(flavor):
+        return load_estimator(folder, flavor), mlmodel
+    import mlflow.models
+    import mlflow.sklearn
+
+    return mlflow.sklearn.load_model(str(folder)), mlflow.models.Model.load(str(folder))
 
 
 def _may_batch(metadata: Any) -> bool:
