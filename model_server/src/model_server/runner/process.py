@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ _SEND_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 5.0
 _LAST_CALL_SECONDS = 0.02
 _LAST_LINES = 10
+_LONGEST_TEXT = 4096
+"""Characters of a message or a line, so that any refusal can be sent."""
 _WAKEUP = object()
 
 _READERS: dict[bytes, Callable[[bytes], Question]] = {
@@ -185,7 +187,7 @@ class RunnerProcess:
                 return
             for slot, kind, content in received or ():
                 if kind == wire.DESCRIBE:
-                    self._reply(slot, wire.pack(wire.ANSWER, self._description()))
+                    self._reply(slot, self._description())
                 elif kind in _READERS:
                     try:
                         batcher.put(_READERS[kind](content), len(content), slot)
@@ -214,12 +216,14 @@ class RunnerProcess:
         self._conversations.send(slot.connection)
 
     def _description(self) -> bytes:
-        description = {
-            **open_inference.describe(self._model.signature),
-            "flavor": self._flavor,
-            "batching": self._batcher.batching,
-        }
-        return json.dumps(description).encode()
+        known = {"flavor": self._flavor, "batching": self._batcher.batching}
+        tensors = open_inference.describe(self._model.signature)
+        try:
+            return wire.pack(wire.DESCRIPTION, json.dumps(tensors | known).encode())
+        except wire.FrameError:
+            # Of so many columns, nothing is told.
+            untold = dict.fromkeys(tensors)
+            return wire.pack(wire.DESCRIPTION, json.dumps(untold | known).encode())
 
     def _tell_problem(self, message: str, lines: list[str]) -> None:
         """Tell it to all who wait, or to the first who comes."""
@@ -245,8 +249,11 @@ def _frame(rows: int, answer: Answer) -> bytes:
     return _refusal(wire.MODEL_ERROR, str(answer))
 
 
-def _refusal(kind: str, message: str, **more: Any) -> bytes:
-    return wire.pack(wire.REFUSAL, json.dumps({"kind": kind, "message": message} | more).encode())
+def _refusal(kind: str, message: str, lines: Sequence[str] = ()) -> bytes:
+    refusal: dict[str, Any] = {"kind": kind, "message": message[:_LONGEST_TEXT]}
+    if lines:
+        refusal["lines"] = [line[:_LONGEST_TEXT] for line in lines]
+    return wire.pack(wire.REFUSAL, json.dumps(refusal).encode())
 
 
 def end_with_service(lock: Path) -> None:
