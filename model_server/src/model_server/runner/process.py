@@ -260,7 +260,8 @@ def end_with_service(lock: Path) -> None:
     """End this process when no worker of the service holds its lock any more."""
     with lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        os._exit(0)
+        # It leads a group: what the model has started is no orphan.
+        os.killpg(0, signal.SIGKILL)
 
 
 def inherited_listener() -> socket.socket:
