@@ -11,7 +11,6 @@ import logging
 import socket
 import time
 from collections import deque
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,6 @@ from model_server.errors import (
     RunnerBusyError,
     RunnerEndedError,
 )
-from model_server.locks import exclusive, is_held
 from model_server.processes import Processes, RunnerSpec
 from model_server.replies import ReplyError, read_description, read_refusal, with_lines
 from model_server.runner import wire
@@ -65,27 +63,8 @@ class Runner:
         # Names are the registry's users' and never reach a path; their digests do.
         model = hashlib.sha256(json.dumps([name, version]).encode()).hexdigest()[:16]
         self.name = f"{model}-{flavor[0]}"
-        self._lock = settings.sockets / f"{model}.lock"
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
-
-    def changing(self, deadline: float) -> AbstractContextManager[None]:
-        """The lock to hold while this model version is loaded or unloaded, with any flavor."""
-        return exclusive(self._lock, deadline, self._label)
-
-    def is_changing(self) -> bool:
-        """Whether some worker is loading or unloading it."""
-        return is_held(self._lock)
-
-    def is_running(self) -> bool:
-        """Whether somebody listens; whether the model is loaded already, this does not tell."""
-        try:
-            self._connect().close()
-        except RunnerNotRunningError:
-            return False
-        except RunnerBusyError:
-            return True
-        return True
 
     def ended(self) -> str | None:
         """Why the process is not running any more, where that is known."""
