@@ -168,12 +168,14 @@ class RunnerProcess:
         """Load and warm the model; where that fails, tell who asks, and return False."""
         try:
             self._model = load_model(folder, flavor)
-            self._batcher = Batcher(self._model)
+        except ModelError as error:
+            self._fail(error, traceback.format_exc())
+            return False
+        self._batcher = Batcher(self._model)
+        try:
             warm_up(self._batcher, folder)
         except ModelError as error:
-            trace = traceback.format_exc()
-            sys.stderr.write(trace)
-            self._tell_problem(str(error), trace.splitlines()[-_LAST_LINES:])
+            self._fail(error, trace_without_data(error))
             return False
         self._flavor = flavor
         return True
@@ -225,6 +227,10 @@ class RunnerProcess:
             untold = dict.fromkeys(tensors)
             return wire.pack(wire.DESCRIPTION, json.dumps(untold | known).encode())
 
+    def _fail(self, error: ModelError, trace: str) -> None:
+        sys.stderr.write(trace)
+        self._tell_problem(str(error), trace.splitlines()[-_LAST_LINES:])
+
     def _tell_problem(self, message: str, lines: list[str]) -> None:
         """Tell it to all who wait, or to the first who comes."""
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
@@ -245,8 +251,25 @@ def _frame(rows: int, answer: Answer) -> bytes:
             return _refusal(wire.MODEL_ERROR, message)
     if isinstance(answer, InputError):
         return _refusal(wire.INPUT_ERROR, str(answer))
-    traceback.print_exception(answer)
+    _write_trace(answer)
     return _refusal(wire.MODEL_ERROR, str(answer))
+
+
+def _write_trace(error: BaseException) -> None:
+    sys.stderr.write(trace_without_data(error))
+
+
+def trace_without_data(error: BaseException | None) -> str:
+    """Where an error and its causes happened and of what types they are.
+
+    Not their texts, which often quote rows: only the caller gets those.
+    """
+    lines = []
+    while error is not None:
+        frames = traceback.format_tb(error.__traceback__)
+        lines.append("".join([*frames, f"{type(error).__name__}\n"]))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "caused\n".join(reversed(lines))
 
 
 def _refusal(kind: str, message: str, lines: Sequence[str] = ()) -> bytes:
@@ -289,6 +312,8 @@ def main(arguments: list[str]) -> None:
         os.dup2(_STDOUT, _STDERR)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runner.end())
+        # A bug's text may quote rows as well.
+        sys.excepthook = lambda _, error, __: _write_trace(error)
         runner.serve()
     sys.stdout.flush()
     sys.stderr.flush()
