@@ -1,3 +1,4 @@
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from conftest import TrainedModels
 from hosts import eventually
@@ -239,3 +241,38 @@ def test_a_database_that_is_away_keeps_nobody_from_being_live(settings: Settings
         answer: Any = client.get("/loaded_models")
         assert answer.status_code == 503
         assert json.loads(answer.text)["detail"].startswith("The database of loaded models")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [[(b"content-type", b"application/json")], [(b"content-type", b"text/plain")]],
+    ids=["by the short way", "by the application"],
+)
+def test_a_caller_who_hangs_up_while_sending_is_no_bug(
+    empty: TestClient, capsys: pytest.CaptureFixture[str], headers: list[tuple[bytes, bytes]]
+) -> None:
+    """The web server would log what is raised here, and the counters would tell of a 500."""
+    come: list[Message] = [
+        {"type": "http.request", "body": b'{"data": [[1', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return come.pop(0)
+
+    async def send(_: Message) -> None:
+        pass
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/iris/1",
+        "query_string": b"",
+        "headers": headers,
+    }
+    capsys.readouterr()
+    asyncio.run(empty.app(scope, receive, send))  # type: ignore[arg-type]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["status"] == 499
+    counted = empty.get("/metrics").text
+    assert 'route="/{model_name}/{model_version_or_alias}",status="499"' in counted

@@ -55,14 +55,14 @@ def _running(
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             try:
-                if httpx2.get(f"{url}/health/ready", verify=tls).status_code == 200:
+                if httpx2.get(f"{url}/health/ready", verify=tls, timeout=60).status_code == 200:
                     break
             except httpx2.TransportError:
                 time.sleep(0.05)
         yield url, process
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def _workers(process: subprocess.Popen[bytes]) -> set[str]:
@@ -85,7 +85,7 @@ def test_one_command_serves_and_a_reload_loses_no_request(
             "prediction": trained.predictions["logistic"]
         }
         assert (tmp_path / ".local/state/model-server/catalog.sqlite").exists()
-        (loaded,) = httpx2.get(f"{url}/loaded_models").json()
+        (loaded,) = httpx2.get(f"{url}/loaded_models", timeout=60).json()
         before = _workers(process)
         assert len(before) == 2
         # Said where the application is made: once, before both workers are forked.
@@ -95,7 +95,7 @@ def test_one_command_serves_and_a_reload_loses_no_request(
         def ask() -> list[int]:
             statuses = []
             while not stopping.is_set():
-                statuses.append(httpx2.post(f"{url}/{NAME}/1", json=body).status_code)
+                statuses.append(httpx2.post(f"{url}/{NAME}/1", json=body, timeout=60).status_code)
             return statuses
 
         with ThreadPoolExecutor(3) as threads:
@@ -109,7 +109,7 @@ def test_one_command_serves_and_a_reload_loses_no_request(
             statuses = [status for one in asking for status in one.result()]
         assert set(statuses) == {200}
         # The runner has served through it all.
-        (still,) = httpx2.get(f"{url}/loaded_models").json()
+        (still,) = httpx2.get(f"{url}/loaded_models", timeout=60).json()
         assert (still["state"], still["since"]) == ("ready", loaded["since"])
         assert log.read_text().count("runner started") == 1
     assert process.returncode == 0

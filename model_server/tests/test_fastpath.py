@@ -1,11 +1,13 @@
+import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import TrainedModels
 from model_server import create_app
@@ -156,3 +158,36 @@ def test_both_ways_answer_alike(both: Both) -> None:
         )
         assert fast == slow
         assert (fast[0], was_short) == (status, short)
+
+
+@pytest.mark.parametrize("end", [b" ", b"\xff"], ids=["unusual", "over the limit"])
+def test_a_large_body_in_many_pieces_costs_what_its_bytes_cost(end: bytes) -> None:
+    """Nobody else is answered while a worker copies."""
+    piece = 4096 * b" "
+    size = 32 * 2**20
+    pieces = [*(size // len(piece) * [piece]), end]
+    limit = size + 1 if end == b" " else size
+    passed = bytearray()
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def app(scope: Scope, receive: Receive, _: Send) -> None:
+        assert scope["path"] == "/iris/1"
+        more = True
+        while more:
+            message = await receive()
+            passed.extend(message["body"])
+            more = message["more_body"]
+
+    async def send(_: Message) -> None:
+        pytest.fail("the application answers")
+
+    scope = {"type": "http", "method": "POST", "path": "/iris/1", "headers": []}
+    serving: Any = None
+    began = time.process_time()
+    asyncio.run(FastPath(app, serving, limit)(scope, receive, send))
+    # A copy for each piece would be 128 GiB.
+    assert time.process_time() - began < 5
+    assert len(passed) == size + 1
+    assert passed.endswith(end)

@@ -91,7 +91,7 @@ def test_a_request_is_one_line_without_its_data(capsys: pytest.CaptureFixture[st
     assert answer == [(b"a", b"b"), (b"x-request-id", b"0a-B.c")]
     line = _line(capsys)
     assert line.pop("time").endswith("+00:00")
-    assert 0 <= line.pop("milliseconds") < 1000
+    assert 0 <= line.pop("milliseconds") < 60_000
     assert line == {
         "level": "info",
         "logger": "model_server.log",

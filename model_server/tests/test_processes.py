@@ -1,6 +1,8 @@
 """Children of a worker: how they begin, what they get, and how they end."""
 
+import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +113,41 @@ def test_any_worker_may_stop_it_and_nothing_is_left(
         assert not any((settings.state_dir / "scratch").iterdir())
     # Fine if there is none.
     processes.stop(NAME, 1)
+
+
+@pytest.mark.parametrize("end", ["stopped", "ended", "ended where nobody watched"])
+def test_what_a_runner_started_goes_with_it(
+    processes: ChildProcesses,
+    spec: Callable[[str], RunnerSpec],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    """A model's own processes hold memory too, and may have its files open."""
+    if end == "ended where nobody watched":
+        monkeypatch.setattr(ChildProcesses, "_watch", lambda _, __, process, ___: process.wait())
+    # Deaf to what asks it to end.
+    child = "trap '' TERM HUP; while :; do sleep 1; done"
+    last = "exec sleep 60" if end == "stopped" else "exit 0"
+    processes.start(NAME, spec(f'sh -c "{child}" & echo $! >child.new; mv child.new child; {last}'))
+    found = settings.state_dir / "scratch" / NAME / "child"
+    child_id = int(_until(lambda: found.exists() and found.read_text()))
+    try:
+        if end == "ended where nobody watched":
+            _until(lambda: processes.process_id(NAME) is None)
+        if end != "ended":
+            ChildProcesses(settings).stop(NAME, 5)
+        _until(lambda: not _lives(child_id))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child_id, signal.SIGKILL)
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(

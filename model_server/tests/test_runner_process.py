@@ -13,7 +13,7 @@ import pytest
 
 from conftest import TrainedModels
 from model_server.runner import process, wire
-from model_server.runner.process import RunnerProcess, inherited_listener
+from model_server.runner.process import RunnerProcess, inherited_listener, trace_without_data
 
 # What MLflow warns of inside a model's process is for its log.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -168,6 +168,21 @@ def test_an_example_that_the_model_fails_with_is_a_failed_load(
     problem = _problem(listener, address, folder, "sklearn")
     assert "fails with its own input example" in problem["message"]
     assert "4 features" in problem["message"]
+
+
+def test_an_error_is_traced_to_its_cause_without_what_it_quotes() -> None:
+    def convert(row: str) -> float:
+        try:
+            return float(row)
+        except ValueError as error:
+            raise RuntimeError(f"refused: {row}") from error
+
+    with pytest.raises(RuntimeError) as raised:
+        convert("secret")
+    trace = trace_without_data(raised.value)
+    assert "secret" not in trace.replace('convert("secret")', "")
+    assert trace.index("ValueError\n") < trace.index("caused\n") < trace.index("RuntimeError\n")
+    assert "return float(row)" in trace
 
 
 def test_a_runner_is_not_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

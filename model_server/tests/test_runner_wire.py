@@ -1,5 +1,3 @@
-import socket
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +16,7 @@ def test_frames_arrive_as_they_were_sent_however_they_are_cut(
     sent = b"".join(wire.pack(kind, content) for kind, content in frames)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)))))
     reader = wire.FrameReader()
-    received = []
+    received: list[tuple[bytes, bytes]] = []
     for start, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
         received += reader.feed(sent[start:end])
     assert received == frames
@@ -35,22 +33,34 @@ def test_an_answer_says_how_many_rows_it_is_about(rows: int, body: bytes) -> Non
 def test_a_frame_that_cannot_be_is_refused_by_its_length(length: int) -> None:
     """Before anything of it has come, so nothing is kept for it."""
     with pytest.raises(wire.FrameError, match=str(length)):
-        wire.FrameReader().feed(length.to_bytes(4, "big"))
+        list(wire.FrameReader().feed(length.to_bytes(4, "big")))
+
+
+@pytest.mark.parametrize("kind", [*wire.FROM_RUNNER, wire.PREDICT])
+def test_a_worker_takes_only_so_much_of_a_runner(kind: bytes) -> None:
+    """A frame is refused by its first five bytes; what came before it is not lost."""
+    reader = wire.FrameReader(wire.FROM_RUNNER)
+    largest = wire.FROM_RUNNER.get(kind, 0)
+    good = wire.pack(wire.REFUSAL, b"no")
+    frames = reader.feed(good + (largest + 2).to_bytes(4, "big") + kind)
+    assert next(frames) == (wire.REFUSAL, b"no")
+    with pytest.raises(wire.FrameError, match=str(largest + 2) if largest else "no frame b'P'"):
+        next(frames)
+    if largest:
+        reader = wire.FrameReader(wire.FROM_RUNNER)
+        assert list(reader.feed((largest + 1).to_bytes(4, "big") + kind)) == []
 
 
 def test_nobody_sends_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "LARGEST_CONTENT", 3)
-    assert wire.pack(wire.ANSWER, b"abc") == b"\0\0\0\4+abc"
-    with pytest.raises(wire.FrameError, match="4 bytes is larger"):
-        wire.pack(wire.ANSWER, b"abcd")
+    monkeypatch.setitem(wire.FROM_RUNNER, wire.ANSWER, 2)
+    assert wire.pack(wire.PREDICT, b"abc") == b"\0\0\0\4Pabc"
+    assert wire.pack(wire.ANSWER, b"ab") == b"\0\0\0\3+ab"
+    for kind, content in ((wire.PREDICT, b"abcd"), (wire.ANSWER, b"abc")):
+        with pytest.raises(wire.FrameError, match=f"{len(content)} bytes is larger"):
+            wire.pack(kind, content)
 
 
-def test_one_frame_is_waited_for() -> None:
-    here, there = socket.socketpair()
-    with here, there:
-        here.sendall(wire.pack(wire.PREDICT, 100_000 * b"x"))
-        assert wire.receive(there) == (wire.PREDICT, 100_000 * b"x")
-        here.sendall(wire.pack(wire.PREDICT, b"cut off")[:-1])
-        here.close()
-        with pytest.raises(EOFError):
-            wire.receive(there)
+def test_an_answer_without_its_rows_is_none() -> None:
+    with pytest.raises(wire.FrameError, match="four bytes"):
+        wire.unpack_answer(b"abc")

@@ -19,6 +19,7 @@ from model_server.errors import (
     RunnerEndedError,
 )
 from model_server.processes import ChildProcesses, serving
+from model_server.runner import wire
 from model_server.runners import Runner, RunnerNotRunningError
 from model_server.settings import Settings
 
@@ -122,10 +123,13 @@ def test_one_life_of_a_fragile_model(
         other.close()
 
     asyncio.run(ask_all())
-    assert not runner.is_running()
     assert runner.memory() is None
     assert runner.ended() == other.ended() == "SIGKILL"
-    assert "RuntimeError: this number is too much" in capfd.readouterr().err
+    journal = capfd.readouterr().err
+    # Where it failed, and not with what.
+    assert "fragile.py" in journal
+    assert "RuntimeError\n" in journal
+    assert "this number is too much\n" not in journal
 
 
 def test_stopping_ends_the_process_even_when_it_hangs(
@@ -168,7 +172,7 @@ def test_a_model_that_does_not_load_says_why(
 ) -> None:
     with pytest.raises(ModelNotLoadableError, match="cannot be loaded as pyfunc"):
         _start(runner, tmp_path)
-    assert not runner.is_running()
+    assert runner.memory() is None
     with pytest.raises(RunnerNotRunningError):
         _run(lambda: runner.predict(_body(1)), runner)
     assert settings.sockets.exists()
@@ -196,3 +200,95 @@ def test_a_process_that_ends_or_hangs_while_it_starts(
 def test_an_interpreter_that_is_missing(runner: Runner, tmp_path: Path) -> None:
     with pytest.raises(ModelNotLoadableError, match="cannot be run"):
         runner.start(tmp_path / "python", tmp_path, time.monotonic() + 5)
+
+
+# A process in a runner's place, which sends these bytes to its first caller, the second, ...
+_SPEAKER = """#!{python}
+import socket
+listener = socket.socket(fileno=3)
+for said in {said!r}:
+    connection, _ = listener.accept()
+    connection.recv(65536)
+    connection.sendall(said)
+    connection.recv(65536)
+"""
+_DESCRIBED = {"inputs": None, "outputs": None, "flavor": "pyfunc", "batching": True}
+_LOADED = wire.pack(wire.DESCRIPTION, json.dumps(_DESCRIBED).encode())
+
+
+def _speaker(folder: Path, *said: bytes) -> Path:
+    python = folder / "python"
+    python.write_text(_SPEAKER.format(python=sys.executable, said=said))
+    python.chmod(0o755)
+    return python
+
+
+def _too_large(kind: bytes) -> bytes:
+    return (wire.FROM_RUNNER[kind] + 2).to_bytes(4, "big") + kind
+
+
+def _says(kind: bytes, content: Any) -> bytes:
+    return wire.pack(kind, json.dumps(content).encode())
+
+
+_NO_FRAMES = {
+    "an unknown frame": wire.pack(b"?"),
+    "a question": wire.pack(wire.PREDICT, b"{}"),
+    "no frame": b"HTTP/1.1 200 OK",
+    "a large refusal": _too_large(wire.REFUSAL),
+    "no JSON": wire.pack(wire.REFUSAL, b"x"),
+    "no UTF-8": wire.pack(wire.REFUSAL, b'{"kind": "\xff'),
+    "nested deep": wire.pack(wire.REFUSAL, 100_000 * b"["),
+    "no object": _says(wire.REFUSAL, ["input"]),
+    "no kind": _says(wire.REFUSAL, {"message": "a"}),
+    "an unknown kind": _says(wire.REFUSAL, {"kind": "\ud800", "message": "a"}),
+    "no text": _says(wire.REFUSAL, {"kind": "model", "message": {"a": 1}}),
+    "no lines": _says(wire.REFUSAL, {"kind": "load", "message": "a", "lines": [1]}),
+}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *_NO_FRAMES.values(),
+        _too_large(wire.DESCRIPTION),
+        wire.pack_answer(1, b"{}"),
+        _says(wire.DESCRIPTION, {}),
+        _says(wire.DESCRIPTION, _DESCRIBED | {"inputs": [{"name": 5}]}),
+    ],
+)
+def test_nonsense_while_loading_is_a_model_that_does_not_load(
+    runner: Runner, tmp_path: Path, said: bytes
+) -> None:
+    with pytest.raises(ModelNotLoadableError, match="not say properly"):
+        runner.start(_speaker(tmp_path, said), tmp_path, time.monotonic() + 60)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [*_NO_FRAMES.values(), _too_large(wire.ANSWER), wire.pack(wire.ANSWER, b"abc"), _LOADED],
+)
+def test_nonsense_for_an_answer_is_a_model_that_failed(
+    runner: Runner, tmp_path: Path, said: bytes
+) -> None:
+    """For this caller; the next ones find the worker as it was."""
+    # The first one asks whether it is loaded.
+    runner.start(_speaker(tmp_path, _LOADED, said), tmp_path, time.monotonic() + 60)
+    with pytest.raises(ModelFailedError, match="no proper answer"):
+        _run(lambda: runner.predict(_body(1)), runner)
+
+
+def test_what_a_runner_says_is_cut_and_cleaned(runner: Runner, tmp_path: Path) -> None:
+    """It goes to callers, into the log and into the database."""
+    said = {
+        "kind": "load",
+        "message": "\0a\ud800b\x1b[2J\nü" + 10_000 * "x",
+        "lines": [*(20 * ["old"]), *(10 * [2_000 * "\x9bü"])],
+    }
+    with pytest.raises(ModelNotLoadableError) as told:
+        runner.start(_speaker(tmp_path, _says(wire.REFUSAL, said)), tmp_path, time.monotonic() + 60)
+    sentence = str(told.value)
+    assert sentence.startswith("\ufffda\ufffdb\ufffd[2J\nü")
+    assert "old" not in sentence
+    assert 4096 < len(sentence.encode()) < 10_000
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", sentence)

@@ -95,10 +95,10 @@ def test_a_helper_that_is_away_costs_the_load(units: UnitProcesses, spec: Runner
 def test_a_helper_that_dies_is_no_success(
     units: UnitProcesses, spec: RunnerSpec, tmp_path: Path
 ) -> None:
-    """Silence is not a yes."""
+    """Silence is not a yes, nor the model's fault."""
     with (
         helper(tmp_path / "helper.sock", ""),
-        pytest.raises(ModelNotLoadableError, match="odsp-model_runnerd failed"),
+        pytest.raises(RunnerUnavailableError, match="ended without an answer"),
     ):
         units.start(NAME, spec)
 
@@ -187,6 +187,21 @@ def test_modules_are_compiled_once_and_nothing_of_theirs_is_run(tmp_path: Path) 
     assert [path.name.split(".")[0] for path in compiled] == ["good"]
     assert compiled[0].stat().st_mode & 0o004
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [("_COMPILE_SECONDS", 1.0), ("_COMPILE_BYTES", 100 * 2**20)]
+)
+def test_a_module_that_is_too_much_for_the_compiler_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float
+) -> None:
+    """Somebody else's source takes neither the host's memory nor a processor for long."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "large.py").write_text(200_000 * "a = [1, 2, 3, b, c, d]\n")
+    monkeypatch.setattr(f"model_server.units.{limit}", value)
+    compile_modules(tmp_path)
+    assert not list(tmp_path.rglob("large*.pyc"))
+    assert (tmp_path / "compiled").exists()
 
 
 def test_an_environment_that_is_gone_needs_no_compiling(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive
 
 from model_server.errors import BodyTooLargeError, UnsupportedBodyError
 from model_server.schemas import schema_of
@@ -15,8 +17,24 @@ def json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any
     return {"requestBody": {"required": required, "content": content}}
 
 
+async def receive_body(receive: Receive, limit: int) -> tuple[bytes, Message]:
+    """A body, or what comes of it until it is over `limit` bytes or its sender is gone.
+
+    With it the last message, which tells which of these it is.
+    """
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        return body, message
+    pieces = bytearray(body)
+    while message.get("more_body") and len(pieces) <= limit:
+        message = await receive()
+        pieces += message.get("body", b"")
+    return bytes(pieces), message
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """All of the body, or BodyTooLargeError or UnsupportedBodyError."""
+    """All of the body, or BodyTooLargeError, UnsupportedBodyError or ClientDisconnect."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise UnsupportedBodyError(f"Send the body as it is; {encoding[:20]!r} is not taken.")
@@ -24,9 +42,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:
         raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
+    body, last = await receive_body(request.receive, limit)
+    if last["type"] == "http.disconnect":
+        raise ClientDisconnect
+    if len(body) > limit:
+        raise too_large
+    return body

@@ -11,6 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model_server.bodies import receive_body
 from model_server.serving import ModelServing
 
 if TYPE_CHECKING:
@@ -59,14 +60,10 @@ class FastPath:
         ):
             await self._app(scope, receive, send)
             return
-        messages = [await receive()]
-        body: bytes = messages[0].get("body", b"")
-        while messages[-1].get("more_body") and len(body) <= self._max_body_bytes:
-            messages.append(await receive())
-            body += messages[-1].get("body", b"")
-        wanted = self._read(body) if messages[-1]["type"] == "http.request" else None
+        body, last = await receive_body(receive, self._max_body_bytes)
+        wanted = self._read(body) if last["type"] == "http.request" else None
         if wanted is None:
-            await self._app(scope, _again(messages, receive), send)
+            await self._app(scope, _again(body, last, receive), send)
             return
         _, name, reference = segments
         asked: Asked = scope["asked"]
@@ -118,12 +115,14 @@ def _is_utf8(body: bytes) -> bool:
     return True
 
 
-def _again(messages: list[Message], receive: Receive) -> Receive:
-    """Receive first what was received already."""
-    come = iter(messages)
+def _again(body: bytes, last: Message, receive: Receive) -> Receive:
+    """Receive first, in one piece, what was received already."""
+    is_gone = last["type"] == "http.disconnect"
+    more = is_gone or last.get("more_body", False)
+    come = [{"type": "http.request", "body": body, "more_body": more}] + is_gone * [last]
 
     async def receive_again() -> Message:
-        return next(come, None) or await receive()
+        return come.pop(0) if come else await receive()
 
     return receive_again
 

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_server.processes import start_time
 from model_server.schemas import LoadedModel
 
 if TYPE_CHECKING:
@@ -77,21 +78,13 @@ def share_metrics(runtime_dir: Path, service: int) -> None:
 
     To be asked before anything is counted. What an earlier service has counted is removed.
     """
-    directory = runtime_dir / f"{_PREFIX}{service}-{_start_time(service)}"
+    directory = runtime_dir / f"{_PREFIX}{service}-{start_time(service)}"
     directory.mkdir(parents=True, exist_ok=True)
     for other in runtime_dir.glob(f"{_PREFIX}*"):
         process, _, started = other.name.removeprefix(_PREFIX).partition("-")
-        if _start_time(int(process)) != started:
+        if str(start_time(int(process))) != started:
             shutil.rmtree(other, ignore_errors=True)
     os.environ[_DIRECTORY] = str(directory)
-
-
-def _start_time(process: int) -> str | None:
-    """When a process started, in ticks since boot; with its id it names no other one."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
 
 
 def count_worker() -> None:

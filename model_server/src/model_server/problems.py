@@ -7,6 +7,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from model_server.errors import ModelServerError, status_of
 from model_server.schemas import InferenceProblem, Problem
@@ -15,6 +17,8 @@ _UNAVAILABLE = 503
 _NO_ROOM = 507
 _INVALID = 422
 _FAILED = 500
+_CLIENT_GONE = 499
+"""Nginx's, for the log and the counters; nobody is there to be told."""
 _RETRY_AFTER = {"Retry-After": "2"}
 _PROBLEMS_SHOWN = 5
 _LONGEST_PART = 60
@@ -64,6 +68,7 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ModelServerError, _tell_error)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_exception_handler(HTTPException, _tell_unknown)
+    app.add_exception_handler(ClientDisconnect, _tell_nobody)
     app.add_exception_handler(OSError, _tell_full_disk)
     app.add_exception_handler(Exception, _tell_bug)
 
@@ -99,6 +104,10 @@ async def _tell_unknown(request: Request, error: Exception) -> JSONResponse:
         raise error
     detail = f"{error.detail}: there is no {request.method} of this address; see /docs."
     return JSONResponse({_field(request.scope["path"]): detail}, error.status_code, error.headers)
+
+
+async def _tell_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_GONE)
 
 
 async def _tell_full_disk(request: Request, error: Exception) -> JSONResponse:

@@ -136,8 +136,9 @@ class ChildProcesses(Processes):
                 stderr=lines,
                 start_new_session=True,
             )
-        self._record(name).write_text(f"{process.pid} {_start_time(process.pid)}\n")
-        Thread(target=self._watch, args=[name, process], daemon=True).start()
+        began = start_time(process.pid) or 0
+        self._record(name).write_text(f"{process.pid} {began}\n")
+        Thread(target=self._watch, args=[name, process, began], daemon=True).start()
 
     def stop(self, name: str, timeout: float) -> None:
         """End a runner, whoever started it; what it was asked before is still answered."""
@@ -189,7 +190,10 @@ class ChildProcesses(Processes):
         process = self._recorded(name)
         return process[0] if process is not None and _is_alive(*process) else None
 
-    def _watch(self, name: str, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, name: str, process: subprocess.Popen[bytes], began: int) -> None:
+        # Seen before it is taken note of, while its number is no other's yet.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        _end_group(process.pid, began)
         status = process.wait()
         reason = _reason(status)
         _LOG.log(
@@ -246,33 +250,44 @@ def serving(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _start_time(process_id: int) -> int:
-    """When a process began, in the kernel's ticks; 0 where it is gone."""
-    try:
-        stat = Path(f"/proc/{process_id}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[19])
+def start_time(process_id: int) -> int | None:
+    """When a process began, in the kernel's ticks since boot; with its number it is no other one.
+
+    None where it is gone.
+    """
+    found = _stat(process_id)
+    return found[1] if found else None
 
 
 def _is_alive(process_id: int, began: int) -> bool:
     """Whether it is the same process still, and not only waiting to be looked at."""
+    found = _stat(process_id)
+    return found is not None and found[0] != "Z" and found[1] == began
+
+
+def _stat(process_id: int) -> tuple[str, int] | None:
+    """The state of a process and when it began."""
     try:
-        state, *fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{process_id}/stat").read_text()
     except OSError:
-        return False
-    return int(fields[18]) == began and state != "Z"
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return state, int(fields[18])
 
 
 def _end(process_id: int, began: int, timeout: float) -> None:
-    """Ask a process to end and wait until it is gone; kill it if that takes too long."""
+    """Ask a process to end and wait until it is gone; kill it if that takes too long.
+
+    What it has started goes with it, also where it is gone already.
+    """
     try:
         descriptor = os.pidfd_open(process_id)
-    except ProcessLookupError:
+    except OSError:
+        _end_group(process_id, began)
         return
     try:
         # Asked after the descriptor is there: it cannot become another process any more.
-        if _start_time(process_id) != began:
+        if start_time(process_id) not in {began, None}:
             return
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
@@ -282,8 +297,19 @@ def _end(process_id: int, began: int, timeout: float) -> None:
             if timeout <= 0 or not poll.poll(timeout * 1000):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                 poll.poll()
+        _end_group(process_id, began)
     finally:
         os.close(descriptor)
+
+
+def _end_group(leader: int, began: int) -> None:
+    """Kill what a process that has ended left behind, unless it made groups of its own.
+
+    The kernel gives a number to no new process while a group of that number has a member.
+    """
+    if start_time(leader) in {began, None}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def _reason(status: int) -> str:

@@ -11,7 +11,6 @@ import logging
 import socket
 import time
 from collections import deque
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +19,12 @@ from model_server.errors import (
     InvalidRequestError,
     ModelFailedError,
     ModelNotLoadableError,
+    ModelServerError,
     RunnerBusyError,
     RunnerEndedError,
 )
-from model_server.locks import exclusive, is_held
 from model_server.processes import Processes, RunnerSpec
+from model_server.replies import ReplyError, read_description, read_refusal, with_lines
 from model_server.runner import wire
 from model_server.settings import Settings
 
@@ -33,6 +33,13 @@ _LOG = logging.getLogger(__name__)
 _GLANCE_SECONDS = 0.5
 """How often a start looks whether the process has ended."""
 _PAUSE_SECONDS = 0.01
+_PIECE = 1 << 16
+_WHILE_LOADING = {kind: wire.FROM_RUNNER[kind] for kind in (wire.DESCRIPTION, wire.REFUSAL)}
+_REFUSED = {
+    wire.INPUT_ERROR: InvalidRequestError,
+    wire.MODEL_ERROR: ModelFailedError,
+    wire.LOAD_ERROR: ModelNotLoadableError,
+}
 _MOST_WAITING = 1024
 """Callers of one worker that may wait for one runner."""
 _MOST_WAITING_BYTES = 256 * 2**20
@@ -56,27 +63,8 @@ class Runner:
         # Names are the registry's users' and never reach a path; their digests do.
         model = hashlib.sha256(json.dumps([name, version]).encode()).hexdigest()[:16]
         self.name = f"{model}-{flavor[0]}"
-        self._lock = settings.sockets / f"{model}.lock"
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
-
-    def changing(self, deadline: float) -> AbstractContextManager[None]:
-        """The lock to hold while this model version is loaded or unloaded, with any flavor."""
-        return exclusive(self._lock, deadline, self._label)
-
-    def is_changing(self) -> bool:
-        """Whether some worker is loading or unloading it."""
-        return is_held(self._lock)
-
-    def is_running(self) -> bool:
-        """Whether somebody listens; whether the model is loaded already, this does not tell."""
-        try:
-            self._connect().close()
-        except RunnerNotRunningError:
-            return False
-        except RunnerBusyError:
-            return True
-        return True
 
     def ended(self) -> str | None:
         """Why the process is not running any more, where that is known."""
@@ -124,14 +112,22 @@ class Runner:
 
     async def predict(self, body: bytes, kind: bytes = wire.PREDICT) -> tuple[int, bytes]:
         """The rows and the body of the response to the body of a request."""
-        return wire.unpack_answer(await self._ask(wire.pack(kind, body)))
+        content = await self._ask(wire.pack(kind, body), wire.ANSWER)
+        try:
+            return wire.unpack_answer(content)
+        except wire.FrameError as error:
+            raise self._nonsense(error) from None
 
     async def describe(self) -> dict[str, Any]:
         """What the model takes and gives: `inputs`, `outputs`, `flavor`, `batching`."""
-        description: dict[str, Any] = json.loads(await self._ask(wire.pack(wire.DESCRIBE)))
-        return description
+        content = await self._ask(wire.pack(wire.DESCRIBE), wire.DESCRIPTION)
+        try:
+            return read_description(content)
+        except ReplyError as error:
+            raise self._nonsense(error) from None
 
-    async def _ask(self, frame: bytes) -> bytes:
+    async def _ask(self, frame: bytes, wanted: bytes) -> bytes:
+        """The content of the wanted kind of frame that comes for this one."""
         connection = self._connection
         if connection is None or connection.is_closing():
             connection = await self._connected()
@@ -150,9 +146,17 @@ class Runner:
                 f"The process of {self._label} ended before it answered; the next request "
                 "starts it again."
             ) from None
-        if kind != wire.ANSWER:
-            raise _refused(content)
-        return content
+        except wire.FrameError as error:
+            raise self._nonsense(error) from None
+        if kind == wanted:
+            return content
+        try:
+            raise _refused(kind, content)
+        except ReplyError as error:
+            raise self._nonsense(error) from None
+
+    def _nonsense(self, error: Exception) -> ModelFailedError:
+        return ModelFailedError(f"{_capital(self._label)} gives no proper answer: {error}.")
 
     async def _connected(self) -> "_Connection":
         async with self._connecting:
@@ -185,25 +189,35 @@ class Runner:
         try:
             with self._connect() as channel:
                 kind, content = self._first_answer(channel, deadline)
+            if kind != wire.DESCRIPTION:
+                raise ModelNotLoadableError(str(_refused(kind, content)))
+            read_description(content)
         except (EOFError, ConnectionError, RunnerNotRunningError):
             raise self._not_loadable() from None
-        if kind == wire.REFUSAL:
-            raise _refused(content)
+        except (wire.FrameError, ReplyError) as error:
+            raise ModelNotLoadableError(
+                f"The process of {self._label} does not say properly that it is loaded: {error}."
+            ) from None
 
     def _first_answer(self, channel: socket.socket, deadline: float) -> tuple[bytes, bytes]:
+        reader = wire.FrameReader(_WHILE_LOADING)
         channel.settimeout(_GLANCE_SECONDS)
         channel.sendall(wire.pack(wire.DESCRIBE))
-        while True:
+        while time.monotonic() < deadline:
             try:
-                return wire.receive(channel)
+                piece = channel.recv(_PIECE)
             except TimeoutError:
                 if self._processes.ended(self.name) is not None:
                     raise EOFError from None
-                if time.monotonic() > deadline:
-                    raise DeadlineExceededError(
-                        f"Loading {self._label} took longer than "
-                        f"{self._settings.load_timeout_seconds:g} seconds."
-                    ) from None
+                continue
+            if not piece:
+                raise EOFError
+            for frame in reader.feed(piece):
+                return frame
+        raise DeadlineExceededError(
+            f"Loading {self._label} took longer than "
+            f"{self._settings.load_timeout_seconds:g} seconds."
+        )
 
     def _not_loadable(self) -> ModelNotLoadableError:
         # Its end is seen by its socket first.
@@ -214,7 +228,7 @@ class Runner:
                 break
             time.sleep(_PAUSE_SECONDS)
         sentence = f"The process of {self._label} ended while it loaded ({reason})."
-        return ModelNotLoadableError(_with_lines(sentence, self._processes.last_lines(self.name)))
+        return ModelNotLoadableError(with_lines(sentence, self._processes.last_lines(self.name)))
 
 
 class _Connection(asyncio.Protocol):
@@ -223,7 +237,7 @@ class _Connection(asyncio.Protocol):
     _transport: asyncio.Transport
 
     def __init__(self) -> None:
-        self._reader = wire.FrameReader()
+        self._reader = wire.FrameReader(wire.FROM_RUNNER)
         self._waiting: deque[tuple[asyncio.Future[tuple[bytes, bytes]], int]] = deque()
         self._waiting_bytes = 0
         self._finishing = False
@@ -255,21 +269,27 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            frames = self._reader.feed(data)
-        except wire.FrameError:
+            for frame in self._reader.feed(data):
+                if not self._waiting:
+                    # Nobody asked for it.
+                    self._transport.abort()
+                    return
+                answer = self._next()
+                if not answer.done():
+                    answer.set_result(frame)
+        except wire.FrameError as error:
+            if self._waiting and not (answer := self._next()).done():
+                answer.set_exception(error)
             self._transport.abort()
             return
-        for frame in frames:
-            if not self._waiting:
-                # Nobody asked for it.
-                self._transport.abort()
-                return
-            answer, size = self._waiting.popleft()
-            self._waiting_bytes -= size
-            if not answer.done():
-                answer.set_result(frame)
         if self._finishing:
             self._close_if_nobody_waits()
+
+    def _next(self) -> "asyncio.Future[tuple[bytes, bytes]]":
+        """Take who has waited longest."""
+        answer, size = self._waiting.popleft()
+        self._waiting_bytes -= size
+        return answer
 
     def _close_if_nobody_waits(self) -> None:
         if all(answer.done() for answer, _ in self._waiting):
@@ -282,15 +302,13 @@ class _Connection(asyncio.Protocol):
                 answer.set_exception(ConnectionResetError())
 
 
-def _refused(content: bytes) -> Exception:
-    refusal = json.loads(content)
-    message = refusal["message"]
-    if refusal["kind"] == wire.INPUT_ERROR:
-        return InvalidRequestError(message)
-    if refusal["kind"] == wire.LOAD_ERROR:
-        return ModelNotLoadableError(_with_lines(message, refusal["lines"]))
-    return ModelFailedError(message)
+def _refused(kind: bytes, content: bytes) -> ModelServerError:
+    """The error that a refusal stands for, or ReplyError."""
+    if kind != wire.REFUSAL:
+        raise ReplyError(f"there is no {kind!r} to what was asked")
+    refusal = read_refusal(content)
+    return _REFUSED[refusal.kind](refusal.message)
 
 
-def _with_lines(sentence: str, lines: list[str]) -> str:
-    return "\n".join([f"{sentence} Its last lines:", *lines]) if lines else sentence
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

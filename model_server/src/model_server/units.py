@@ -4,6 +4,7 @@ The server's account may not start units. It asks a small helper that runs as ro
 and hands a runner nothing but folders of the server's own state (`odsp-model_runnerd.socket`).
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -33,7 +34,9 @@ _KILLED = ("2", "3")
 _FOLDER_BITS = stat.S_IROTH | stat.S_IXOTH
 _FILES = ("active_file", "inactive_file")
 _COMPILED = "compiled"
-_COMPILE = ("/usr/bin/nice", sys.executable, "-I", "-S", "-m", "compileall", "-qq")
+_COMPILE_SECONDS = 900.0
+_COMPILE_BYTES = 2 * 2**30
+"""Of address space; no compiler's needs, and less than somebody's source could have it take."""
 
 
 def processes_for(settings: Settings) -> Processes:
@@ -126,8 +129,12 @@ class UnitProcesses(Processes):
             raise RunnerUnavailableError(
                 f"Models cannot be started or stopped; odsp-model_runnerd does not answer: {error}."
             ) from error
+        if not answer:
+            raise RunnerUnavailableError(
+                "Models cannot be started or stopped; odsp-model_runnerd ended without an answer."
+            )
         if answer != "ok":
-            sentence = answer.removeprefix("no ") or "odsp-model_runnerd failed."
+            sentence = answer.removeprefix("no ")
             raise ModelNotLoadableError(f"The model's process cannot be changed: {sentence}")
 
 
@@ -149,7 +156,8 @@ def reason(properties: dict[str, str]) -> str | None:
 def compile_modules(environment: Path) -> None:
     """Compile an environment's modules once, as no runner may write there.
 
-    By the server's interpreter without its site: nothing that a package brings is run by that.
+    By the server's interpreter without its site: nothing that a package brings is run by that. What
+    is too large for it within its time and memory stays as it is; runners do without.
     """
     mark = environment / _COMPILED
     try:
@@ -159,12 +167,19 @@ def compile_modules(environment: Path) -> None:
             if mark.exists():
                 return
             # Modules for other versions of Python cannot be compiled, and need not be.
-            subprocess.run(
-                [*_COMPILE, environment / "lib"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                check=False,
-            )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [
+                        *("/usr/bin/nice", "/usr/bin/prlimit", f"--as={_COMPILE_BYTES}"),
+                        *(sys.executable, "-I", "-S", "-m", "compileall", "-qq"),
+                        environment / "lib",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    timeout=_COMPILE_SECONDS,
+                    check=False,
+                )
             let_others_read(environment)
             mark.touch()
         finally:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ _SEND_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 5.0
 _LAST_CALL_SECONDS = 0.02
 _LAST_LINES = 10
+_LONGEST_TEXT = 4096
+"""Characters of a message or a line, so that any refusal can be sent."""
 _WAKEUP = object()
 
 _READERS: dict[bytes, Callable[[bytes], Question]] = {
@@ -166,12 +168,14 @@ class RunnerProcess:
         """Load and warm the model; where that fails, tell who asks, and return False."""
         try:
             self._model = load_model(folder, flavor)
-            self._batcher = Batcher(self._model)
+        except ModelError as error:
+            self._fail(error, traceback.format_exc())
+            return False
+        self._batcher = Batcher(self._model)
+        try:
             warm_up(self._batcher, folder)
         except ModelError as error:
-            trace = traceback.format_exc()
-            sys.stderr.write(trace)
-            self._tell_problem(str(error), trace.splitlines()[-_LAST_LINES:])
+            self._fail(error, trace_without_data(error))
             return False
         self._flavor = flavor
         return True
@@ -185,7 +189,7 @@ class RunnerProcess:
                 return
             for slot, kind, content in received or ():
                 if kind == wire.DESCRIBE:
-                    self._reply(slot, wire.pack(wire.ANSWER, self._description()))
+                    self._reply(slot, self._description())
                 elif kind in _READERS:
                     try:
                         batcher.put(_READERS[kind](content), len(content), slot)
@@ -214,12 +218,18 @@ class RunnerProcess:
         self._conversations.send(slot.connection)
 
     def _description(self) -> bytes:
-        description = {
-            **open_inference.describe(self._model.signature),
-            "flavor": self._flavor,
-            "batching": self._batcher.batching,
-        }
-        return json.dumps(description).encode()
+        known = {"flavor": self._flavor, "batching": self._batcher.batching}
+        tensors = open_inference.describe(self._model.signature)
+        try:
+            return wire.pack(wire.DESCRIPTION, json.dumps(tensors | known).encode())
+        except wire.FrameError:
+            # Of so many columns, nothing is told.
+            untold = dict.fromkeys(tensors)
+            return wire.pack(wire.DESCRIPTION, json.dumps(untold | known).encode())
+
+    def _fail(self, error: ModelError, trace: str) -> None:
+        sys.stderr.write(trace)
+        self._tell_problem(str(error), trace.splitlines()[-_LAST_LINES:])
 
     def _tell_problem(self, message: str, lines: list[str]) -> None:
         """Tell it to all who wait, or to the first who comes."""
@@ -241,19 +251,40 @@ def _frame(rows: int, answer: Answer) -> bytes:
             return _refusal(wire.MODEL_ERROR, message)
     if isinstance(answer, InputError):
         return _refusal(wire.INPUT_ERROR, str(answer))
-    traceback.print_exception(answer)
+    _write_trace(answer)
     return _refusal(wire.MODEL_ERROR, str(answer))
 
 
-def _refusal(kind: str, message: str, **more: Any) -> bytes:
-    return wire.pack(wire.REFUSAL, json.dumps({"kind": kind, "message": message} | more).encode())
+def _write_trace(error: BaseException) -> None:
+    sys.stderr.write(trace_without_data(error))
+
+
+def trace_without_data(error: BaseException | None) -> str:
+    """Where an error and its causes happened and of what types they are.
+
+    Not their texts, which often quote rows: only the caller gets those.
+    """
+    lines = []
+    while error is not None:
+        frames = traceback.format_tb(error.__traceback__)
+        lines.append("".join([*frames, f"{type(error).__name__}\n"]))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "caused\n".join(reversed(lines))
+
+
+def _refusal(kind: str, message: str, lines: Sequence[str] = ()) -> bytes:
+    refusal: dict[str, Any] = {"kind": kind, "message": message[:_LONGEST_TEXT]}
+    if lines:
+        refusal["lines"] = [line[:_LONGEST_TEXT] for line in lines]
+    return wire.pack(wire.REFUSAL, json.dumps(refusal).encode())
 
 
 def end_with_service(lock: Path) -> None:
     """End this process when no worker of the service holds its lock any more."""
     with lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        os._exit(0)
+        # It leads a group: what the model has started is no orphan.
+        os.killpg(0, signal.SIGKILL)
 
 
 def inherited_listener() -> socket.socket:
@@ -281,6 +312,8 @@ def main(arguments: list[str]) -> None:
         os.dup2(_STDOUT, _STDERR)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runner.end())
+        # A bug's text may quote rows as well.
+        sys.excepthook = lambda _, error, __: _write_trace(error)
         runner.serve()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,8 +5,8 @@ worker may send many frames before it reads; a connection's answers come in the 
 questions. JSON is passed on without looking into it.
 """
 
-import socket
 import struct
+from collections.abc import Iterator, Mapping
 
 DESCRIBE = b"D"
 """Answered once the model is loaded and warm, or with the reason why it is not."""
@@ -16,7 +16,10 @@ INFER = b"I"
 """The content is the body of an inference request of the Open Inference Protocol."""
 
 ANSWER = b"+"
-"""The content is four bytes with the number of rows (big endian), then JSON for the caller."""
+"""To `PREDICT` and `INFER`: four bytes with the number of rows (big endian), then JSON for the
+caller."""
+DESCRIPTION = b"d"
+"""To `DESCRIBE`: an object with `inputs`, `outputs`, `flavor` and `batching`."""
 REFUSAL = b"-"
 """The content is an object with `kind`, `message` and, where loading failed, `lines`."""
 
@@ -26,9 +29,11 @@ LOAD_ERROR = "load"
 
 LARGEST_CONTENT = 2**30
 """Bytes; nobody sends more, and whoever is sent more hangs up."""
+FROM_RUNNER = {ANSWER: 128 * 2**20, DESCRIPTION: 2**20, REFUSAL: 2**20}
+"""All that a runner sends, and the largest content of each. A worker keeps an answer whole and has
+other callers: four times the largest question, by default, is enough for any sensible one."""
 
 _LENGTH = struct.Struct("!I")
-_PIECE = 1 << 16
 
 
 class FrameError(Exception):
@@ -37,7 +42,7 @@ class FrameError(Exception):
 
 def pack(kind: bytes, content: bytes = b"") -> bytes:
     """The bytes of a frame."""
-    if len(content) > LARGEST_CONTENT:
+    if len(content) > FROM_RUNNER.get(kind, LARGEST_CONTENT):
         raise FrameError(f"a content of {len(content)} bytes is larger than a frame may be")
     return _LENGTH.pack(len(content) + 1) + kind + content
 
@@ -49,44 +54,51 @@ def pack_answer(rows: int, body: bytes) -> bytes:
 
 def unpack_answer(content: bytes) -> tuple[int, bytes]:
     """The number of rows and the body of an answer to a prediction."""
+    if len(content) < _LENGTH.size:
+        raise FrameError("an answer has at least four bytes")
     return _LENGTH.unpack_from(content)[0], content[_LENGTH.size :]
 
 
 class FrameReader:
-    """Makes frames of bytes, however they are cut into pieces."""
+    """Makes frames of bytes, however they are cut into pieces.
 
-    def __init__(self) -> None:
+    With `largest`, only frames of its kinds, and of contents no larger than it says.
+    """
+
+    def __init__(self, largest: Mapping[bytes, int] | None = None) -> None:
+        self._largest = largest
         self._rest = bytearray()
 
-    def feed(self, piece: bytes) -> list[tuple[bytes, bytes]]:
-        """Take what came; kind and content of each frame that is now complete."""
+    def feed(self, piece: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Take what came; kind and content of each frame that is now complete.
+
+        Raises `FrameError` behind the last good one.
+        """
         source: bytes | bytearray = piece
         if self._rest:
             self._rest += piece
             source = self._rest
-        frames = []
         start = 0
         while len(source) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(source, start)
-            if not 0 < length <= LARGEST_CONTENT + 1:
-                raise FrameError(f"a frame cannot have a length of {length} bytes")
             content = start + _LENGTH.size + 1
+            self._check(length, bytes(source[content - 1 : content]))
             end = content + length - 1
             if len(source) < end:
                 break
-            frames.append((bytes(source[content - 1 : content]), bytes(source[content:end])))
+            yield bytes(source[content - 1 : content]), bytes(source[content:end])
             start = end
         if source is self._rest:
             del self._rest[:start]
         else:
             self._rest += source[start:]
-        return frames
 
-
-def receive(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Wait for one frame where only one is to come: its kind and content."""
-    reader = FrameReader()
-    while piece := connection.recv(_PIECE):
-        for frame in reader.feed(piece):
-            return frame
-    raise EOFError
+    def _check(self, length: int, kind: bytes) -> None:
+        """Refuse a frame before it has come; of its kind, the byte may not be there yet."""
+        largest = LARGEST_CONTENT
+        if kind and self._largest is not None:
+            if kind not in self._largest:
+                raise FrameError(f"there is no frame {kind!r} from this side")
+            largest = self._largest[kind]
+        if not 0 < length <= largest + 1:
+            raise FrameError(f"a frame cannot have a length of {length} bytes")
