@@ -1,6 +1,8 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Thread, current_thread
+from typing import Any
 
 import pytest
 
@@ -57,6 +59,40 @@ def test_what_one_worker_learns_all_know_at_once(
     assert _worker(tmp_path).current() == here.current()
     (tmp_path / "run" / "known.count").unlink()
     assert _worker(tmp_path).current() == here.current()
+
+
+def test_a_thread_that_is_slower_leaves_nothing_old_behind(tmp_path: Path) -> None:
+    older_read, newer_began, older_ended = Event(), Event(), Event()
+    older: Thread | None = None
+    newer: Thread | None = None
+
+    class Interleaved(KnownCatalog):
+        """Whoever read the older file stores it after the first store of the newer one."""
+
+        def __setattr__(self, attribute: str, value: Any) -> None:
+            if current_thread() is older:
+                older_read.set()
+                assert newer_began.wait(60)
+            super().__setattr__(attribute, value)
+            if current_thread() is newer:
+                newer_began.set()
+                assert older_ended.wait(60)
+
+    writer = _worker(tmp_path)
+    reader = Interleaved(tmp_path / "state" / "known.json", tmp_path / "run")
+    _learn(writer, _contents(1, _entry(1)))
+    older = Thread(target=reader.current)
+    older.start()
+    assert older_read.wait(60)
+    _learn(writer, _contents(2, _entry(2)))
+    newer = Thread(target=reader.current)
+    newer.start()
+    older.join()
+    older_ended.set()
+    newer.join()
+    known = reader.current()
+    assert known is not None
+    assert known.revision == 2
 
 
 def test_asking_costs_no_more_than_a_look_into_memory(workers: list[KnownCatalog]) -> None:
