@@ -144,7 +144,19 @@ def test_an_unloaded_alias_is_gone_at_once(workers: list[KnownCatalog]) -> None:
     assert (known.entries, known.aliases) == ({}, {})
 
 
-def test_a_file_that_was_cut_short_is_as_none(workers: list[KnownCatalog], tmp_path: Path) -> None:
-    _learn(workers[0], _contents(1, _entry(1)))
-    (tmp_path / "state" / "known.json").write_text("")
-    assert _worker(tmp_path).current() is None
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", '{"revision": 1}', '{"revision": 1, "entries": [{"model": "iris"}]}']
+)
+def test_a_file_that_was_cut_short_or_is_another_versions_is_as_none(
+    workers: list[KnownCatalog], tmp_path: Path, content: str
+) -> None:
+    here, _ = workers
+    _learn(here, _contents(1, _entry(1)))
+    (tmp_path / "state" / "known.json").write_text(content)
+    later = _worker(tmp_path)
+    assert later.current() is None
+    # It is written anew.
+    _learn(later, _contents(1, _entry(1)))
+    known = here.current()
+    assert known is not None
+    assert known.entries.keys() == {("iris", "pyfunc", 1)}

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from model_server import metrics
 from model_server.environments import Environments
 from model_server.errors import (
@@ -356,9 +358,10 @@ def _failed(record: RunnerRecord, problem: str) -> RunnerRecord:
 
 
 def _read(path: Path) -> RunnerRecord | None:
+    """A record; None where there is none, it was cut short or another version's."""
     try:
-        return RunnerRecord(**json.loads(path.read_text()))
-    except FileNotFoundError:
+        return msgspec.json.decode(path.read_bytes(), type=RunnerRecord)
+    except (OSError, ValueError, msgspec.DecodeError):
         return None
 
 

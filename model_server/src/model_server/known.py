@@ -102,11 +102,15 @@ def _hold_over(before: Known, now: Known, is_ready: Callable[[CatalogEntry], boo
 
 
 def _read(file: Path) -> Known | None:
+    """What the file says; None where there is none, it was cut short or another version's."""
     try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        # Never written, or cut short when the machine lost its power.
+        return _from_json(file.read_text())
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _from_json(text: str) -> Known:
+    content = json.loads(text)
     entries = [
         CatalogEntry(
             ModelVersion(entry["name"], entry["version"], entry["digest"]),
