@@ -44,6 +44,8 @@ _TIDY_SECONDS = 3600.0
 _SEEN_SECONDS = 4.0
 _STOP_SECONDS = 1.0
 _STARTS_AT_ONCE = 4
+_STOPS_AT_ONCE = 4
+_DEPLOYMENTS_AT_ONCE = 4
 _FIRST_PAUSE_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 300.0
 _DAY = 86400.0
@@ -79,7 +81,10 @@ class Keeper:
         self._host = host
         self._stopping = Event()
         self._threads: list[Thread] = []
+        # Threads of their own for each: what has crashed comes back while slow versions are deployed.
         self._starts = ThreadPoolExecutor(_STARTS_AT_ONCE, thread_name_prefix="start")
+        self._stops = ThreadPoolExecutor(_STOPS_AT_ONCE, thread_name_prefix="stop")
+        self._deployments = ThreadPoolExecutor(_DEPLOYMENTS_AT_ONCE, thread_name_prefix="deploy")
         self._under_way: dict[Key | AliasKey, Future[None]] = {}
         self._changing = Lock()
         self._unwanted: set[RunnerRecord] = set()
@@ -95,7 +100,8 @@ class Keeper:
     def stop(self) -> None:
         """Let go; starts under way end with the worker."""
         self._stopping.set()
-        self._starts.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._starts, self._stops, self._deployments):
+            threads.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             # One that waits for something that is away is left to end with the process.
@@ -220,7 +226,7 @@ class Keeper:
             return
         for entry in known.entries.values():
             if self._should_start(entry):
-                self._begin(entry.key, partial(self._start, entry))
+                self._begin(self._starts, entry.key, partial(self._start, entry))
         unwanted = {
             record
             for record in self._host.records()
@@ -229,7 +235,8 @@ class Keeper:
         }
         # What was unwanted a moment ago as well: callers that had looked it up have asked by now.
         for record in unwanted & self._unwanted:
-            self._begin((record.name, record.flavor, record.version), partial(self._stop, record))
+            key = record.name, record.flavor, record.version
+            self._begin(self._stops, key, partial(self._stop, record))
         self._unwanted = unwanted
 
     def _should_start(self, entry: CatalogEntry) -> bool:
@@ -242,10 +249,12 @@ class Keeper:
             return False
         return time.time() >= record.retry_at
 
-    def _begin(self, key: Key | AliasKey, function: Callable[[], None]) -> None:
+    def _begin(
+        self, threads: ThreadPoolExecutor, key: Key | AliasKey, function: Callable[[], None]
+    ) -> None:
         with self._changing:
             if key not in self._under_way and not self._stopping.is_set():
-                future = self._starts.submit(function)
+                future = threads.submit(function)
                 self._under_way[key] = future
                 future.add_done_callback(partial(self._finished, key))
 
@@ -321,7 +330,7 @@ class Keeper:
             refused = self._refused.get(alias)
             waits = refused and refused.model == meant and time.monotonic() < refused.retry_at
             if not waits:
-                self._begin(alias, partial(self._deploy, alias, entry, meant))
+                self._begin(self._deployments, alias, partial(self._deploy, alias, entry, meant))
 
     def _note(self, alias: AliasKey, problem: str | None) -> None:
         if alias not in self._noted or self._noted[alias] != problem:

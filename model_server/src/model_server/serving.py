@@ -32,7 +32,8 @@ from model_server.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 
-_LOADS_AT_ONCE = 8
+_AT_ONCE = {"load": 8, "revive": 8, "unload": 8, "end": 4}
+"""How many of each kind of work, in threads of their own: none waits for a slower kind."""
 _TOUCH_SECONDS = 1.0
 _HOSTS_SECONDS = 5.0
 _END_SECONDS = 0.3
@@ -83,7 +84,10 @@ class ModelServing:
         )
         self._handles: dict[tuple[ModelVersion, str], _Handle] = {}
         self._under_way: dict[tuple[str, ...], asyncio.Future[Any]] = {}
-        self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load")
+        self._threads = {
+            kind: ThreadPoolExecutor(number, thread_name_prefix=kind)
+            for kind, number in _AT_ONCE.items()
+        }
         self._held = ExitStack()
 
     def start(self) -> None:
@@ -97,7 +101,8 @@ class ModelServing:
     def stop(self) -> None:
         """Let go of everything; the runners end when no worker is left."""
         self._keeper.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         for handle in self._handles.values():
             handle.runner.close()
         self._registry.close()
@@ -150,7 +155,7 @@ class ModelServing:
     async def unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
         """Unload for every worker of every host: the process is gone here when this returns."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._unload, name, flavor, version_or_alias
+            self._threads["unload"], self._unload, name, flavor, version_or_alias
         )
 
     async def loaded_models(self) -> list[LoadedModel]:
@@ -212,13 +217,16 @@ class ModelServing:
 
     async def _note_end(self, entry: CatalogEntry) -> RunnerRecord | None:
         record: RunnerRecord | None = await self._once(
-            ("end", *map(str, entry.key)),
+            ("end", "note", *map(str, entry.key)),
             partial(self._host.note_end, entry.model, entry.flavor, _END_SECONDS),
         )
         return record
 
     async def _revive(self, entry: CatalogEntry) -> None:
         """Wait a while for what shall run here and does not, unless it has failed."""
+        await self._once(
+            ("end", "refuse", *map(str, entry.key)), partial(self._refuse_failed, entry)
+        )
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
                 await self._once(
@@ -238,10 +246,13 @@ class ModelServing:
         return entry
 
     async def _once(self, key: tuple[str, ...], function: Callable[[], Any]) -> Any:
-        """Share one run of a slow function among all who want it at the same time."""
+        """Share one run of a slow function among all who want it at the same time.
+
+        The key begins with the kind of work.
+        """
         future = self._under_way.get(key)
         if future is None:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, function)
+            future = asyncio.get_running_loop().run_in_executor(self._threads[key[0]], function)
             self._under_way[key] = future
             future.add_done_callback(partial(self._forget, key))
         return await asyncio.shield(future)
