@@ -12,7 +12,8 @@ from threading import Event
 import pytest
 
 from hosts import Host, eventually, runners_of, running
-from light_models import Shelf
+from light_models import Gate, Shelf
+from model_server.catalog import Catalog
 from model_server.settings import Settings
 
 
@@ -254,6 +255,132 @@ def test_a_version_that_fails_its_warm_up_gets_no_traffic_and_says_so(
     shelf.point("rose", "champion", 3)
     eventually(lambda: host.answer("rose", "champion"), wanted="three")
     assert host.listing()[0]["problem"] is None
+
+
+def test_an_alias_that_moves_back_while_it_is_deployed_was_never_moved(
+    host: Host, shelf: Shelf, gate: Gate
+) -> None:
+    shelf.put("rose", 2, "two", load=gate.load)
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", 2)
+    held = gate.wait()
+    shelf.point("rose", "champion", 1)
+    os.close(held)
+    answers = set()
+
+    def runners() -> int:
+        answers.add(host.answer("rose", "champion"))
+        return _count(host)
+
+    eventually(runners, wanted=1)
+    assert answers == {"one"}
+    assert host.states() == {("rose", 1): "ready"}
+
+
+def test_a_third_version_does_not_wait_for_the_second_one(
+    host: Host, shelf: Shelf, gate: Gate
+) -> None:
+    shelf.put("rose", 2, "two", load=gate.load)
+    shelf.put("rose", 3, "three")
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", 2)
+    held = gate.wait()
+    shelf.point("rose", "champion", 3)
+    eventually(lambda: host.answer("rose", "champion"), wanted="three")
+    os.close(held)
+    answers = set()
+
+    def runners() -> int:
+        answers.add(host.answer("rose", "champion"))
+        return _count(host)
+
+    eventually(runners, wanted=1)
+    assert answers == {"three"}
+
+
+def test_slow_deployments_hold_up_no_restart(host: Host, shelf: Shelf, tmp_path: Path) -> None:
+    waiting, enough = tmp_path / "waiting", tmp_path / "enough"
+    wait = f"""
+        import time
+        open({str(waiting)!r}, "a").write("+")
+        while not os.path.exists({str(enough)!r}):
+            time.sleep(0.05)
+        """
+    names = [f"oak{number}" for number in range(4)]
+    for name in names:
+        shelf.put(name, 1, "old")
+        shelf.put(name, 2, "new", load=wait)
+        shelf.point(name, "champion", 1)
+        host.load(name, "champion")
+    others = host.runners().keys()
+    host.load("rose", 1)
+    (runner,) = host.runners().keys() - others
+    for name in names:
+        shelf.point(name, "champion", 2)
+    try:
+        eventually(lambda: waiting.exists() and waiting.read_text(), wanted=4 * "+")
+        os.kill(runner, signal.SIGKILL)
+        eventually(lambda: runner in host.runners(), wanted=False)
+        eventually(lambda: host.answer("rose", 1), wanted="one")
+        assert [host.answer(name, "champion") for name in names] == 4 * ["old"]
+    finally:
+        enough.touch()
+    for name in names:
+        eventually(partial(host.answer, name, "champion"), wanted="new")
+
+
+def test_one_model_that_the_registry_refuses_keeps_no_other_one_from_moving(
+    host: Host, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.put("rose", 2, "two")
+    shelf.put("ash", 1, "ash")
+    for name in ("ash", "rose"):
+        shelf.point(name, "champion", 1)
+        host.load(name, "champion")
+    answer = shelf.registry.answer
+
+    def refuse(address: str) -> tuple[int, bytes]:
+        return (403, b"{}") if "name=ash" in address else answer(address)
+
+    monkeypatch.setattr(shelf.registry, "answer", refuse)
+    shelf.point("rose", "champion", 2)
+    eventually(lambda: host.answer("rose", "champion"), wanted="two")
+    problems = {entry["model_name"]: entry["problem"] for entry in host.listing()}
+    assert problems["rose"] is None
+    assert "MLflow answered 403" in problems["ash"]
+    assert host.answer("ash", "champion") == "ash"
+    monkeypatch.setattr(shelf.registry, "answer", answer)
+    eventually(lambda: [entry["problem"] for entry in host.listing()], wanted=[None, None])
+
+
+def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
+    light: Settings, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, answer in ((1, "one"), (2, "two")):
+        shelf.put("rose", version, answer)
+    aliases = [f"alias{number:02}" for number in range(100)]
+    for alias in aliases:
+        shelf.point("rose", alias, 1)
+    with running(light) as (host,):
+        host.load("rose", aliases[0])
+        catalog = Catalog(light.database)
+        (entry,) = catalog.contents().entries.values()
+        for alias in aliases:
+            catalog.record(entry.model, entry.flavor, asked_as=alias)
+        fast = shelf.registry.answer
+
+        def slow(address: str) -> tuple[int, bytes]:
+            time.sleep(0.3)
+            return fast(address)
+
+        monkeypatch.setattr(shelf.registry, "answer", slow)
+        shelf.point("rose", aliases[-1], 2)
+        began = time.monotonic()
+        eventually(lambda: host.answer("rose", aliases[-1]), wanted="two")
+        # One after the other, they would take twice as long.
+        assert time.monotonic() - began < 15
 
 
 def test_a_deleted_alias_goes_on_and_says_so(host: Host, shelf: Shelf) -> None:
