@@ -13,6 +13,7 @@ import pytest
 
 from hosts import Host, eventually, runners_of, running
 from light_models import Gate, Shelf
+from model_server import serving
 from model_server.catalog import Catalog
 from model_server.settings import Settings
 
@@ -369,6 +370,7 @@ def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
         (entry,) = catalog.contents().entries.values()
         for alias in aliases:
             catalog.record(entry.model, entry.flavor, asked_as=alias)
+        assert host.listing()[0]["aliases"] == aliases
         fast = shelf.registry.answer
 
         def slow(address: str) -> tuple[int, bytes]:
@@ -457,9 +459,11 @@ def test_files_and_environments_that_nobody_used_for_long_are_removed(
 
 
 def test_an_idle_model_gives_its_memory_back_until_it_is_asked(
-    light: Settings, shelf: Shelf
+    light: Settings, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf.put("rose", 1, "one")
+    # As often within the idle time as with real settings.
+    monkeypatch.setattr(serving, "_TOUCH_SECONDS", 0.2)
     with running(light.model_copy(update={"idle_unload_seconds": 1})) as (host,):
         host.load("rose", 1)
         eventually(host.states, wanted={("rose", 1): "stopped"})
@@ -471,6 +475,25 @@ def test_an_idle_model_gives_its_memory_back_until_it_is_asked(
         while time.monotonic() < until:
             assert host.answer("rose", 1) == "one"
         assert host.states() == {("rose", 1): "ready"}
+
+
+def test_a_model_that_answers_for_long_is_not_idle(
+    light: Settings, shelf: Shelf, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.put("rose", 1, "one", predict=gate.load)
+    shelf.put("oak", 1, "oak")
+    monkeypatch.setattr(serving, "_TOUCH_SECONDS", 0.2)
+    settings = light.model_copy(update={"idle_unload_seconds": 1, "stop_timeout_seconds": 0.2})
+    with running(settings) as (host,), ThreadPoolExecutor(1) as threads:
+        host.load("rose", 1)
+        asked = threads.submit(host.answer, "rose", 1)
+        held = gate.wait()
+        # What came later and is idle goes twice; by then, the one that answers would have gone.
+        for _ in range(2):
+            assert host.answer("oak", 1) == "oak"
+            eventually(lambda: host.states()["oak", 1], wanted="stopped")
+        os.close(held)
+        assert asked.result() == "one"
 
 
 @pytest.fixture

@@ -240,7 +240,11 @@ class ModelHost:
         for record in self.records():
             if record.started is None or not self._is_idle(record, seconds):
                 continue
-            with self.changing(record.model, record.flavor, time.monotonic() + seconds):
+            # Whoever changes it now uses it; it is not waited for.
+            with (
+                contextlib.suppress(DeadlineExceededError),
+                self.changing(record.model, record.flavor, 0.0),
+            ):
                 if self._is_idle(record, seconds):
                     self.stop(record.model, record.flavor, resting=True)
                     _LOG.info(

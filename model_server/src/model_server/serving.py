@@ -50,11 +50,42 @@ class Predicted:
 
 
 class _Handle:
-    """This worker's connections to one runner, and when it last told that they are used."""
+    """This worker's connections to one runner, which tells the host while they are used."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, touch: Callable[[], None]) -> None:
         self.runner = runner
-        self.touched = 0.0
+        self._touch = touch
+        self._under_way = 0
+        self._used = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def predict(self, body: bytes, kind: bytes) -> tuple[int, bytes]:
+        """Ask the runner; until it answers it counts as used."""
+        self._under_way += 1
+        self.note_use()
+        try:
+            return await self.runner.predict(body, kind)
+        finally:
+            self._under_way -= 1
+
+    def note_use(self) -> None:
+        """Tell of a use now, and of those that follow each second at most."""
+        self._used = True
+        if self._timer is None:
+            self._tell()
+
+    def close(self) -> None:
+        """Give up the connections when the last answer has come."""
+        self._used = False
+        self.runner.close()
+
+    def _tell(self) -> None:
+        self._timer = None
+        if self._used:
+            self._touch()
+            # What is under way now is told of after its end once more.
+            self._used = self._under_way > 0
+            self._timer = asyncio.get_running_loop().call_later(_TOUCH_SECONDS, self._tell)
 
 
 class ModelServing:
@@ -104,7 +135,7 @@ class ModelServing:
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         for handle in self._handles.values():
-            handle.runner.close()
+            handle.close()
         self._registry.close()
         self._catalog.close()
         self._held.close()
@@ -138,7 +169,7 @@ class ModelServing:
             ):
                 await self._revive(entry)
             try:
-                rows, answer = await handle.runner.predict(body, kind)
+                rows, answer = await handle.predict(body, kind)
             except RunnerNotRunningError:
                 await self._note_end(entry)
                 await self._revive(entry)
@@ -169,11 +200,13 @@ class ModelServing:
         entry = self._find(name, flavor, version_or_alias)
         if entry is None:
             raise _not_loaded(name, flavor, version_or_alias)
-        runner = self._handle(entry).runner
+        handle = self._handle(entry)
+        runner = handle.runner
         not_ready = ModelNotReadyError(f"{_capital(entry)} does not run at this moment.")
         if not runner.is_connected() and not self._host.is_started(entry.model, entry.flavor):
             raise not_ready
         try:
+            handle.note_use()
             description = await runner.describe()
         except RunnerNotRunningError:
             raise not_ready from None
@@ -199,11 +232,8 @@ class ModelServing:
         handle = self._handles.get(key)
         if handle is None:
             self._let_go()
-            handle = self._handles[key] = _Handle(self._host.runner(*key))
-        now = time.monotonic()
-        if now - handle.touched > _TOUCH_SECONDS:
-            handle.touched = now
-            self._host.touch(*key)
+            touch = partial(self._host.touch, *key)
+            handle = self._handles[key] = _Handle(self._host.runner(*key), touch)
         return handle
 
     def _let_go(self) -> None:
@@ -213,7 +243,7 @@ class ModelServing:
             {(entry.model, entry.flavor) for entry in known.entries.values()} if known else set()
         )
         for key in self._handles.keys() - wanted:
-            self._handles.pop(key).runner.close()
+            self._handles.pop(key).close()
 
     async def _note_end(self, entry: CatalogEntry) -> RunnerRecord | None:
         record: RunnerRecord | None = await self._once(
