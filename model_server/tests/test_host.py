@@ -4,10 +4,11 @@ import time
 
 import pytest
 
+from light_models import Shelf
 from model_server.environments import Environments
-from model_server.errors import ModelNotFoundError
+from model_server.errors import ModelNotFoundError, RunnerUnavailableError
 from model_server.host import ModelHost
-from model_server.processes import ChildProcesses
+from model_server.processes import ChildProcesses, RunnerSpec
 from model_server.registry import ModelRegistry, ModelVersion
 from model_server.settings import Settings
 
@@ -28,6 +29,36 @@ def _start(host: ModelHost, model: ModelVersion = ROSE) -> None:
     deadline = time.monotonic() + 60
     with host.changing(model, FLAVOR, deadline):
         host.start(model, FLAVOR, deadline, asked=True)
+
+
+class _Broken(ChildProcesses):
+    """Starts nothing for a reason that nobody thought of, and cannot end anything either."""
+
+    def start(self, name: str, spec: RunnerSpec) -> None:
+        raise ZeroDivisionError(f"{name} {spec}")
+
+    def stop(self, name: str, timeout: float) -> None:
+        if self.address(name).with_suffix(".json").exists():
+            raise RunnerUnavailableError(f"{name} cannot be ended in {timeout} seconds.")
+
+
+def test_a_start_that_fails_for_whatever_reason_is_tried_again_after_pauses(
+    light: Settings, shelf: Shelf
+) -> None:
+    shelf.put("rose", 1, "one")
+    host = _host(light, _Broken(light))
+    pauses = []
+    for failures in (1, 2, 3):
+        began = time.time()
+        with pytest.raises(ZeroDivisionError):
+            _start(host)
+        record = host.record(ROSE, FLAVOR)
+        assert record is not None
+        assert (record.started, record.failures) == (None, failures)
+        assert "ZeroDivisionError" in str(record.problem)
+        pauses.append(round(record.retry_at - began))
+    assert pauses == sorted(pauses)
+    assert pauses[-1] >= 4
 
 
 @pytest.mark.parametrize(

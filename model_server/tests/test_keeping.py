@@ -361,7 +361,7 @@ def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
 ) -> None:
     for version, answer in ((1, "one"), (2, "two")):
         shelf.put("rose", version, answer)
-    aliases = [f"alias{number:02}" for number in range(100)]
+    aliases = [f"alias{number:02}" for number in range(40)]
     for alias in aliases:
         shelf.point("rose", alias, 1)
     with running(light) as (host,):
@@ -374,7 +374,7 @@ def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
         fast = shelf.registry.answer
 
         def slow(address: str) -> tuple[int, bytes]:
-            time.sleep(0.3)
+            time.sleep(0.6)
             return fast(address)
 
         monkeypatch.setattr(shelf.registry, "answer", slow)
@@ -382,7 +382,7 @@ def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
         began = time.monotonic()
         eventually(lambda: host.answer("rose", aliases[-1]), wanted="two")
         # One after the other, they would take twice as long.
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 12
 
 
 def test_a_deleted_alias_goes_on_and_says_so(host: Host, shelf: Shelf) -> None:

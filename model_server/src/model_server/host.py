@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from model_server import metrics
+from model_server.backoff import Backoff
 from model_server.environments import Environments
 from model_server.errors import (
     DeadlineExceededError,
@@ -36,8 +37,8 @@ from model_server.settings import PYTHON_VERSION, Settings
 _LOG = logging.getLogger(__name__)
 
 _MIB = 2**20
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 60.0
+_STARTS = Backoff(first=1.0, longest=60.0)
+"""A start costs this host's time only, and callers wait for it."""
 _STABLE_SECONDS = 60.0
 _REASON_SECONDS = 0.2
 _PAUSE_SECONDS = 0.02
@@ -172,9 +173,13 @@ class ModelHost:
             )
             self._write(record)
             self._make_room(record, others_may_go=asked)
-        except (ModelServerError, OSError) as error:
-            self.runner(model, flavor).stop()
-            record = _failed(replace(record, started=before.started), str(error))
+        except Exception as error:
+            # The reason is told and the pause kept, also where nothing can be ended now.
+            with contextlib.suppress(ModelServerError, OSError):
+                self.runner(model, flavor).stop()
+            expected = isinstance(error, (ModelServerError, OSError))
+            problem = str(error) if expected else f"The model server failed: {error!r}."
+            record = _failed(replace(record, started=before.started), problem)
             if isinstance(error, MemoryBudgetError):
                 # It would not fit any better in a minute; whoever asks for it tries again.
                 record = replace(record, failures=0, resting=True)
@@ -357,8 +362,8 @@ def _failed(record: RunnerRecord, problem: str) -> RunnerRecord:
     now = time.time()
     stable = record.started is not None and now - record.started > _STABLE_SECONDS
     failures = 1 if stable else record.failures + 1
-    pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 10), _LONGEST_PAUSE_SECONDS)
-    return replace(record, started=None, failures=failures, retry_at=now + pause, problem=problem)
+    retry_at = now + _STARTS.pause(failures)
+    return replace(record, started=None, failures=failures, retry_at=retry_at, problem=problem)
 
 
 def _read(path: Path) -> RunnerRecord | None:

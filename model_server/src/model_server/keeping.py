@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 
+from model_server.backoff import Backoff
 from model_server.catalog import AliasKey, Catalog, CatalogEntry, Contents, Key
 from model_server.environments import Environments
 from model_server.errors import (
@@ -48,8 +49,8 @@ _STARTS_AT_ONCE = 4
 _STOPS_AT_ONCE = 4
 _DEPLOYMENTS_AT_ONCE = 4
 _QUESTIONS_AT_ONCE = 8
-_FIRST_PAUSE_SECONDS = 5.0
-_LONGEST_PAUSE_SECONDS = 300.0
+_DEPLOYMENTS = Backoff(first=5.0, longest=300.0)
+"""Longer than for starts: nobody waits, as the old version answers."""
 _DAY = 86400.0
 
 
@@ -432,8 +433,8 @@ class Keeper:
                 return
             before = self._refused.get(alias)
             failures = before.failures + 1 if before and before.model == new else 1
-            pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1), _LONGEST_PAUSE_SECONDS)
-            self._refused[alias] = _Refused(new, failures, time.monotonic() + pause)
+            retry_at = time.monotonic() + _DEPLOYMENTS.pause(failures)
+            self._refused[alias] = _Refused(new, failures, retry_at)
             self._note(
                 alias,
                 f"Alias {alias[2]!r} means version {new.version} in MLflow, which cannot be "
