@@ -534,3 +534,20 @@ def test_the_model_used_least_recently_makes_room(light: Settings, heavy: Shelf)
     eventually(lambda: runners_of(light), wanted={})
     with running(alone) as (host,):
         assert host.answer("oak", 1) == 507
+
+
+def test_a_new_version_does_not_take_the_room_of_the_one_that_answers(
+    light: Settings, heavy: Shelf
+) -> None:
+    heavy.put("oak", 2, "another oak", load="ballast = os.urandom(40 * 2**20)")
+    heavy.point("oak", "champion", 1)
+    settings = light.model_copy(
+        update={"memory_budget": 80 * 2**20, "memory_policy": "unload_least_recent"}
+    )
+    with running(settings) as (host,):
+        host.load("oak", "champion")
+        (runner,) = host.runners()
+        heavy.point("oak", "champion", 2)
+        eventually(lambda: "needs" in str(host.listing()[0]["problem"]))
+        assert host.answer("oak", "champion") == "oak"
+        assert runner in host.runners()

@@ -28,7 +28,7 @@ from model_server.errors import (
     ModelNotLoadableError,
     ModelServerError,
 )
-from model_server.locks import exclusive, is_held
+from model_server.locks import exclusive, is_held, is_shared, shared
 from model_server.processes import Processes
 from model_server.registry import ModelRegistry, ModelVersion
 from model_server.runners import Runner
@@ -104,6 +104,12 @@ class ModelHost:
     def is_changing(self, model: ModelVersion, flavor: str) -> bool:
         """Whether some worker is starting or stopping it."""
         return is_held(self._path(model, flavor, "lock"))
+
+    def answering(
+        self, model: ModelVersion, flavor: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """Keep a model version from making room for others, as it answers for one to come."""
+        return shared(self._path(model, flavor, "answering"))
 
     def is_running(self, model: ModelVersion, flavor: str) -> bool:
         """Whether it is loaded and its process lives."""
@@ -276,7 +282,8 @@ class ModelHost:
         with exclusive(files.with_suffix(".lock"), deadline, f"the files of {model}"):
             if not files.exists():
                 self._registry.fetch(model, files)
-        os.utime(files)
+            # Its time tells when it was used last.
+            os.utime(files)
         python = self._environments.python_for(files, deadline)
         try:
             self.runner(model, flavor).start(python, files, deadline)
@@ -304,7 +311,10 @@ class ModelHost:
         if others_may_go and self._settings.memory_policy == "unload_least_recent":
             others.sort(key=lambda other: self.last_used(other.model, other.flavor))
             while others and record.memory <= budget < record.memory + sum(sizes.values()):
-                if self._rest(other := others.pop(0)):
+                other = others.pop(0)
+                if is_shared(self._path(other.model, other.flavor, "answering")):
+                    continue
+                if self._rest(other):
                     del sizes[other]
         free = max(budget - sum(sizes.values()), 0)
         if record.memory > free:

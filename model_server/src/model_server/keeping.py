@@ -400,7 +400,10 @@ class Keeper:
         if recorded is None:
             return
         try:
-            with self._host.changing(new, flavor, deadline):
+            with (
+                self._host.answering(old, flavor),
+                self._host.changing(new, flavor, deadline),
+            ):
                 self._host.start(new, flavor, deadline, asked=True)
                 if self._registry.resolve(name, asked_as) != new:
                     # Moved on, or back, while this one was loading; nobody gets to see it.
