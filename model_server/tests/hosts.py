@@ -81,7 +81,7 @@ def running(*all_settings: Settings) -> Iterator[list[Host]]:
         ]
 
 
-def eventually(question: Callable[[], Any], wanted: Any = True, seconds: float = 15) -> None:
+def eventually(question: Callable[[], Any], wanted: Any = True, seconds: float = 60) -> None:
     """Ask until the answer is as wanted."""
     deadline = time.monotonic() + seconds
     while (answer := question()) != wanted:

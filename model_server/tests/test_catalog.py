@@ -3,9 +3,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from threading import Thread
+from typing import Self
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -88,12 +89,21 @@ def test_a_version_that_nobody_asks_for_any_more_is_forgotten(
     assert ("iris", "sklearn", 1) in kept
 
 
-def test_an_alias_that_was_unloaded_meanwhile_does_not_move(catalog: Catalog) -> None:
-    assert catalog.record(TWO, "pyfunc", asked_as="champion", moved=True) is None
+def test_an_alias_moves_only_from_what_it_was_seen_to_mean(catalog: Catalog) -> None:
+    assert catalog.record(TWO, "pyfunc", asked_as="champion", instead_of=ONE) is None
     assert catalog.contents().entries == {}
     catalog.record(ONE, "pyfunc", asked_as="champion")
-    assert catalog.record(TWO, "pyfunc", asked_as="champion", moved=True) is not None
-    assert list(catalog.contents().entries) == [("iris", "pyfunc", 2)]
+    anew = ModelVersion("iris", 1, "made anew")
+    assert catalog.record(TWO, "pyfunc", asked_as="champion", instead_of=anew) is None
+    assert catalog.record(TWO, "sklearn", asked_as="champion", instead_of=ONE) is None
+    assert catalog.record(TWO, "pyfunc", asked_as="champion", instead_of=ONE) is not None
+    # Somebody slower has seen it mean the first one, too.
+    three = ModelVersion("iris", 3, "digest-3")
+    assert catalog.record(three, "pyfunc", asked_as="champion", instead_of=ONE) is None
+    contents = catalog.contents()
+    assert list(contents.entries) == [("iris", "pyfunc", 2)]
+    assert contents.named(CHAMPION) == TWO
+    assert contents.named(("iris", "pyfunc", "challenger")) is None
 
 
 def test_recording_again_keeps_since_unless_the_model_was_made_anew(catalog: Catalog) -> None:
@@ -156,6 +166,20 @@ def test_a_change_can_be_waited_for_on_every_host_that_lives(
     assert not catalog.is_seen_by_all(8)
     monkeypatch.setattr(catalogs, "_HOST_IS_GONE", timedelta(0))
     assert catalog.is_seen_by_all(8)
+
+
+def test_a_host_whose_clock_is_wrong_is_waited_for_like_any_other(
+    catalog: Catalog, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) - timedelta(hours=1)
+
+    with monkeypatch.context() as there:
+        there.setattr(catalogs, "datetime", Late)
+        Catalog(url).tell_seen("there", 6)
+    assert not catalog.is_seen_by_all(7)
 
 
 def test_many_workers_may_begin_and_load_at_once(url: str) -> None:

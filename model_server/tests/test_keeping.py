@@ -1,5 +1,6 @@
 """What runs becomes what shall run: over hosts, crashes, restarts and moved aliases."""
 
+import contextlib
 import os
 import signal
 import time
@@ -7,12 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Barrier, BrokenBarrierError, Event
 
 import pytest
 
 from hosts import Host, eventually, runners_of, running
-from light_models import Shelf
+from light_models import Gate, Shelf
+from model_server import host as hosting
+from model_server import serving
+from model_server.backoff import Backoff
 from model_server.settings import Settings
 
 
@@ -89,7 +93,7 @@ def test_unloaded_on_one_host_it_is_never_answered_on_the_other(
     assert here.unload("rose", 1).json()["state"] == "unloaded"
     assert [there.answer("rose", 1) for _ in range(40)] == 40 * [404]
     assert there.listing() == []
-    eventually(there.runners, wanted={}, seconds=5)
+    eventually(there.runners, wanted={})
 
 
 def test_an_alias_moves_on_both_hosts_without_a_failed_request(
@@ -111,18 +115,15 @@ def test_an_alias_moves_on_both_hosts_without_a_failed_request(
     with ThreadPoolExecutor(4) as threads:
         asking = [threads.submit(ask, host) for host in 2 * hosts]
         shelf.point("rose", "champion", 2)
-        began = time.monotonic()
         try:
             for host in hosts:
                 eventually(partial(host.answer, "rose", "champion"), wanted="two")
-            took = time.monotonic() - began
             # Until the old version has gone, too.
             for host in hosts:
                 eventually(host.states, wanted={("rose", 2): "ready"})
                 eventually(partial(_count, host), wanted=1)
         finally:
             moved.set()
-    assert took < 10
     for answers in [job.result() for job in asking]:
         assert set(answers) == {"one", "two"}
         # Never back again.
@@ -137,7 +138,8 @@ def test_a_crashed_runner_comes_back_and_callers_do_not_wait(host: Host) -> None
     _kill(host)
     began = time.monotonic()
     answer = host.ask("rose", 1)
-    assert time.monotonic() - began < 1
+    # Nobody waits for what has failed; for what is being started, they would wait this long.
+    assert time.monotonic() - began < host.settings.startup_seconds
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
     eventually(lambda: host.answer("rose", 1), wanted="one")
@@ -152,7 +154,7 @@ def test_a_crashed_runner_comes_back_before_anybody_asks(host: Host) -> None:
 
 
 def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(
-    host: Host, shelf: Shelf, tmp_path: Path
+    host: Host, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = tmp_path / "starts"
     shelf.put("nettle", 1, "ouch", load=f"open({str(starts)!r}, 'a').write('+')")
@@ -160,11 +162,12 @@ def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(
     for _ in range(2):
         assert host.ask("nettle", 1, "kill").status_code == 503
         eventually(lambda: host.answer("nettle", 1), wanted="ouch")
+    # The third pause would be one of four seconds, which a busy machine may need for this.
+    monkeypatch.setattr(hosting, "_STARTS", Backoff(first=15, longest=60))
     assert host.ask("nettle", 1, "kill").status_code == 503
     (entry,) = host.listing()
     assert entry["state"] == "failed"
     assert "ended (SIGKILL)" in entry["problem"]
-    # The third pause is one of four seconds.
     answer = host.ask("nettle", 1)
     assert answer.status_code == 503
     assert "ended (SIGKILL)" in answer.json()["detail"]
@@ -256,6 +259,131 @@ def test_a_version_that_fails_its_warm_up_gets_no_traffic_and_says_so(
     assert host.listing()[0]["problem"] is None
 
 
+def test_an_alias_that_moves_back_while_it_is_deployed_was_never_moved(
+    host: Host, shelf: Shelf, gate: Gate
+) -> None:
+    shelf.put("rose", 2, "two", load=gate.load)
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", 2)
+    held = gate.wait()
+    shelf.point("rose", "champion", 1)
+    os.close(held)
+    answers = set()
+
+    def runners() -> int:
+        answers.add(host.answer("rose", "champion"))
+        return _count(host)
+
+    eventually(runners, wanted=1)
+    assert answers == {"one"}
+    assert host.states() == {("rose", 1): "ready"}
+
+
+def test_a_third_version_does_not_wait_for_the_second_one(
+    host: Host, shelf: Shelf, gate: Gate
+) -> None:
+    shelf.put("rose", 2, "two", load=gate.load)
+    shelf.put("rose", 3, "three")
+    shelf.point("rose", "champion", 1)
+    host.load("rose", "champion")
+    shelf.point("rose", "champion", 2)
+    held = gate.wait()
+    shelf.point("rose", "champion", 3)
+    eventually(lambda: host.answer("rose", "champion"), wanted="three")
+    os.close(held)
+    answers = set()
+
+    def runners() -> int:
+        answers.add(host.answer("rose", "champion"))
+        return _count(host)
+
+    eventually(runners, wanted=1)
+    assert answers == {"three"}
+
+
+def test_slow_deployments_hold_up_no_restart(host: Host, shelf: Shelf, tmp_path: Path) -> None:
+    waiting, enough = tmp_path / "waiting", tmp_path / "enough"
+    wait = f"""
+        import time
+        open({str(waiting)!r}, "a").write("+")
+        while not os.path.exists({str(enough)!r}):
+            time.sleep(0.05)
+        """
+    names = [f"oak{number}" for number in range(4)]
+    for name in names:
+        shelf.put(name, 1, "old")
+        shelf.put(name, 2, "new", load=wait)
+        shelf.point(name, "champion", 1)
+        host.load(name, "champion")
+    others = host.runners().keys()
+    host.load("rose", 1)
+    (runner,) = host.runners().keys() - others
+    for name in names:
+        shelf.point(name, "champion", 2)
+    try:
+        eventually(lambda: waiting.exists() and waiting.read_text(), wanted=4 * "+")
+        os.kill(runner, signal.SIGKILL)
+        eventually(lambda: runner in host.runners(), wanted=False)
+        eventually(lambda: host.answer("rose", 1), wanted="one")
+        assert [host.answer(name, "champion") for name in names] == 4 * ["old"]
+    finally:
+        enough.touch()
+    for name in names:
+        eventually(partial(host.answer, name, "champion"), wanted="new")
+
+
+def test_one_model_that_the_registry_refuses_keeps_no_other_one_from_moving(
+    host: Host, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.put("rose", 2, "two")
+    shelf.put("ash", 1, "ash")
+    for name in ("ash", "rose"):
+        shelf.point(name, "champion", 1)
+        host.load(name, "champion")
+    answer = shelf.registry.answer
+
+    def refuse(address: str) -> tuple[int, bytes]:
+        return (403, b"{}") if "name=ash" in address else answer(address)
+
+    monkeypatch.setattr(shelf.registry, "answer", refuse)
+    shelf.point("rose", "champion", 2)
+    eventually(lambda: host.answer("rose", "champion"), wanted="two")
+    problems = {entry["model_name"]: entry["problem"] for entry in host.listing()}
+    assert problems["rose"] is None
+    assert "MLflow answered 403" in problems["ash"]
+    assert host.answer("ash", "champion") == "ash"
+    monkeypatch.setattr(shelf.registry, "answer", answer)
+    eventually(lambda: [entry["problem"] for entry in host.listing()], wanted=[None, None])
+
+
+def test_the_registry_is_asked_about_several_aliases_at_once(
+    host: Host, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.put("rose", 2, "two")
+    aliases = [f"alias{number}" for number in range(8)]
+    for alias in aliases:
+        shelf.point("rose", alias, 1)
+        assert host.load("rose", alias).status_code == 200
+    answer = shelf.registry.answer
+    # Nobody gets an answer before as many ask.
+    together, met = Barrier(4), Event()
+
+    def meet(address: str) -> tuple[int, bytes]:
+        with contextlib.suppress(BrokenBarrierError):
+            together.wait()
+            met.set()
+        return answer(address)
+
+    monkeypatch.setattr(shelf.registry, "answer", meet)
+    try:
+        assert met.wait(60)
+    finally:
+        together.abort()
+    shelf.point("rose", aliases[-1], 2)
+    eventually(lambda: host.answer("rose", aliases[-1]), wanted="two")
+
+
 def test_a_deleted_alias_goes_on_and_says_so(host: Host, shelf: Shelf) -> None:
     shelf.point("rose", "champion", 1)
     host.load("rose", "champion")
@@ -330,9 +458,11 @@ def test_files_and_environments_that_nobody_used_for_long_are_removed(
 
 
 def test_an_idle_model_gives_its_memory_back_until_it_is_asked(
-    light: Settings, shelf: Shelf
+    light: Settings, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf.put("rose", 1, "one")
+    # As often within the idle time as with real settings.
+    monkeypatch.setattr(serving, "_TOUCH_SECONDS", 0.2)
     with running(light.model_copy(update={"idle_unload_seconds": 1})) as (host,):
         host.load("rose", 1)
         eventually(host.states, wanted={("rose", 1): "stopped"})
@@ -344,6 +474,25 @@ def test_an_idle_model_gives_its_memory_back_until_it_is_asked(
         while time.monotonic() < until:
             assert host.answer("rose", 1) == "one"
         assert host.states() == {("rose", 1): "ready"}
+
+
+def test_a_model_that_answers_for_long_is_not_idle(
+    light: Settings, shelf: Shelf, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.put("rose", 1, "one", predict=gate.load)
+    shelf.put("oak", 1, "oak")
+    monkeypatch.setattr(serving, "_TOUCH_SECONDS", 0.2)
+    settings = light.model_copy(update={"idle_unload_seconds": 1, "stop_timeout_seconds": 0.2})
+    with running(settings) as (host,), ThreadPoolExecutor(1) as threads:
+        host.load("rose", 1)
+        asked = threads.submit(host.answer, "rose", 1)
+        held = gate.wait()
+        # What came later and is idle goes twice; by then, the one that answers would have gone.
+        for _ in range(2):
+            assert host.answer("oak", 1) == "oak"
+            eventually(lambda: host.states()["oak", 1], wanted="stopped")
+        os.close(held)
+        assert asked.result() == "one"
 
 
 @pytest.fixture
@@ -385,3 +534,20 @@ def test_the_model_used_least_recently_makes_room(light: Settings, heavy: Shelf)
     eventually(lambda: runners_of(light), wanted={})
     with running(alone) as (host,):
         assert host.answer("oak", 1) == 507
+
+
+def test_a_new_version_does_not_take_the_room_of_the_one_that_answers(
+    light: Settings, heavy: Shelf
+) -> None:
+    heavy.put("oak", 2, "another oak", load="ballast = os.urandom(40 * 2**20)")
+    heavy.point("oak", "champion", 1)
+    settings = light.model_copy(
+        update={"memory_budget": 80 * 2**20, "memory_policy": "unload_least_recent"}
+    )
+    with running(settings) as (host,):
+        host.load("oak", "champion")
+        (runner,) = host.runners()
+        heavy.point("oak", "champion", 2)
+        eventually(lambda: "needs" in str(host.listing()[0]["problem"]))
+        assert host.answer("oak", "champion") == "oak"
+        assert runner in host.runners()

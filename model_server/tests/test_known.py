@@ -1,6 +1,8 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Thread, current_thread
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,40 @@ def test_what_one_worker_learns_all_know_at_once(
     assert _worker(tmp_path).current() == here.current()
 
 
+def test_a_thread_that_is_slower_leaves_nothing_old_behind(tmp_path: Path) -> None:
+    older_read, newer_began, older_ended = Event(), Event(), Event()
+    older: Thread | None = None
+    newer: Thread | None = None
+
+    class Interleaved(KnownCatalog):
+        """Whoever read the older file stores it after the first store of the newer one."""
+
+        def __setattr__(self, attribute: str, value: Any) -> None:
+            if current_thread() is older:
+                older_read.set()
+                assert newer_began.wait(60)
+            super().__setattr__(attribute, value)
+            if current_thread() is newer:
+                newer_began.set()
+                assert older_ended.wait(60)
+
+    writer = _worker(tmp_path)
+    reader = Interleaved(tmp_path / "state" / "known.json", tmp_path / "run")
+    _learn(writer, _contents(1, _entry(1)))
+    older = Thread(target=reader.current)
+    older.start()
+    assert older_read.wait(60)
+    _learn(writer, _contents(2, _entry(2)))
+    newer = Thread(target=reader.current)
+    newer.start()
+    older.join()
+    older_ended.set()
+    newer.join()
+    known = reader.current()
+    assert known is not None
+    assert known.revision == 2
+
+
 def test_asking_costs_no_more_than_a_look_into_memory(workers: list[KnownCatalog]) -> None:
     here, _ = workers
     _learn(here, _contents(1, _entry(1)))
@@ -108,7 +144,19 @@ def test_an_unloaded_alias_is_gone_at_once(workers: list[KnownCatalog]) -> None:
     assert (known.entries, known.aliases) == ({}, {})
 
 
-def test_a_file_that_was_cut_short_is_as_none(workers: list[KnownCatalog], tmp_path: Path) -> None:
-    _learn(workers[0], _contents(1, _entry(1)))
-    (tmp_path / "state" / "known.json").write_text("")
-    assert _worker(tmp_path).current() is None
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", '{"revision": 1}', '{"revision": 1, "entries": [{"model": "iris"}]}']
+)
+def test_a_file_that_was_cut_short_or_is_another_versions_is_as_none(
+    workers: list[KnownCatalog], tmp_path: Path, content: str
+) -> None:
+    here, _ = workers
+    _learn(here, _contents(1, _entry(1)))
+    (tmp_path / "state" / "known.json").write_text(content)
+    later = _worker(tmp_path)
+    assert later.current() is None
+    # It is written anew.
+    _learn(later, _contents(1, _entry(1)))
+    known = here.current()
+    assert known is not None
+    assert known.entries.keys() == {("iris", "pyfunc", 1)}

@@ -56,6 +56,7 @@ def test_no_secret_in_the_representation() -> None:
         ("MODEL_SERVER_DATABASE_URL", "mysql://a:hidden@b/c", "MODEL_SERVER_DATABASE_URL must be"),
         ("MODEL_SERVER_DATABASE_URL", "hidden", "MODEL_SERVER_DATABASE_URL must be sqlite"),
         ("MODEL_SERVER_PREDICT_TIMEOUT_SECONDS", "0", "should be greater than 0"),
+        ("MODEL_SERVER_IDLE_UNLOAD_SECONDS", "4", "must be 5 or more, or 0 for never"),
         ("MODEL_SERVER_RUNNER_THREADS", "many", "MODEL_SERVER_RUNNER_THREADS input should be a"),
         ("MLFLOW_TRACKING_URI", "file:///tmp", "MLFLOW_TRACKING_URI must be the http"),
         ("MLFLOW_TRACKING_CLIENT_CERT_PATH", "/no/file", "/no/file cannot be read by this user"),

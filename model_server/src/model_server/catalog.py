@@ -119,6 +119,13 @@ class Contents:
     entries: dict[Key, CatalogEntry]
     aliases: dict[AliasKey, int]
 
+    def named(self, alias: AliasKey) -> ModelVersion | None:
+        """What an alias means."""
+        name, flavor, _ = alias
+        version = self.aliases.get(alias)
+        entry = None if version is None else self.entries.get((name, flavor, version))
+        return entry.model if entry else None
+
 
 class Catalog:
     """The table of what shall be loaded."""
@@ -163,17 +170,21 @@ class Catalog:
         )
 
     def record(
-        self, model: ModelVersion, flavor: str, *, asked_as: str, moved: bool = False
+        self,
+        model: ModelVersion,
+        flavor: str,
+        *,
+        asked_as: str,
+        instead_of: ModelVersion | None = None,
     ) -> int | None:
         """Remember that a model version shall be loaded; answers the new revision.
 
         An alias from now on means this version. Versions that nobody asks for any more, neither by
-        number nor by an alias, are forgotten. With `moved`, an alias that was unloaded meanwhile
-        is let be, and the answer is None.
+        number nor by an alias, are forgotten. With `instead_of`, an alias that does not mean that
+        version any more, as it was unloaded or moved meanwhile, is let be; the answer is None.
         """
         with self._change() as connection:
-            in_use = select(_ALIASES).where(*_is_alias(model.name, flavor, asked_as))
-            if moved and connection.execute(in_use).first() is None:
+            if instead_of and not _means(connection, flavor, asked_as, instead_of):
                 return None
             same = _is(model.name, flavor, model.version)
             values = {"digest": model.digest, "asked_as": asked_as, "since": datetime.now(UTC)}
@@ -222,7 +233,7 @@ class Catalog:
     def tell_seen(self, host: str, revision: int) -> None:
         """Tell the other hosts that this one acts upon a revision, and that it is alive."""
         with self._transaction() as connection:
-            values = {"revision": revision, "seen": datetime.now(UTC)}
+            values = {"revision": revision, "seen": _now(connection)}
             self._upsert(connection, _HOSTS, {"host": host}, values)
 
     def is_seen_by_all(self, revision: int) -> bool:
@@ -232,7 +243,7 @@ class Catalog:
                 select(func.count())
                 .select_from(_HOSTS)
                 .where(
-                    _HOSTS.c.revision < revision, _HOSTS.c.seen > datetime.now(UTC) - _HOST_IS_GONE
+                    _HOSTS.c.revision < revision, _HOSTS.c.seen > _now(connection) - _HOST_IS_GONE
                 )
             )
         return not behind
@@ -340,12 +351,34 @@ def _cut(connection: psycopg.Connection) -> None:
         wire.shutdown(socket.SHUT_RDWR)
 
 
+def _now(connection: Connection) -> datetime:
+    """The time of the database: hosts' own clocks may differ."""
+    now: datetime = connection.execute(select(func.now())).scalar_one()
+    return now
+
+
 def _is(name: str, flavor: str, version: int) -> tuple[ColumnElement[bool], ...]:
     return (_MODELS.c.name == name, _MODELS.c.flavor == flavor, _MODELS.c.version == version)
 
 
 def _is_alias(name: str, flavor: str, alias: str) -> tuple[ColumnElement[bool], ...]:
     return (_ALIASES.c.name == name, _ALIASES.c.flavor == flavor, _ALIASES.c.alias == alias)
+
+
+def _means(connection: Connection, flavor: str, alias: str, model: ModelVersion) -> bool:
+    meant = (
+        select(_MODELS)
+        .join(
+            _ALIASES, (_MODELS.c.name == _ALIASES.c.name) & (_MODELS.c.flavor == _ALIASES.c.flavor)
+        )
+        .where(
+            *_is_alias(model.name, flavor, alias),
+            _ALIASES.c.version == model.version,
+            *_is(model.name, flavor, model.version),
+            _MODELS.c.digest == model.digest,
+        )
+    )
+    return connection.execute(meant).first() is not None
 
 
 def _raise_revision(connection: Connection) -> int:

@@ -17,7 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from model_server import metrics
+from model_server.backoff import Backoff
 from model_server.environments import Environments
 from model_server.errors import (
     DeadlineExceededError,
@@ -25,7 +28,7 @@ from model_server.errors import (
     ModelNotLoadableError,
     ModelServerError,
 )
-from model_server.locks import exclusive, is_held
+from model_server.locks import exclusive, is_held, is_shared, shared
 from model_server.processes import Processes
 from model_server.registry import ModelRegistry, ModelVersion
 from model_server.runners import Runner
@@ -34,8 +37,8 @@ from model_server.settings import PYTHON_VERSION, Settings
 _LOG = logging.getLogger(__name__)
 
 _MIB = 2**20
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 60.0
+_STARTS = Backoff(first=1.0, longest=60.0)
+"""A start costs this host's time only, and callers wait for it."""
 _STABLE_SECONDS = 60.0
 _REASON_SECONDS = 0.2
 _PAUSE_SECONDS = 0.02
@@ -101,6 +104,12 @@ class ModelHost:
     def is_changing(self, model: ModelVersion, flavor: str) -> bool:
         """Whether some worker is starting or stopping it."""
         return is_held(self._path(model, flavor, "lock"))
+
+    def answering(
+        self, model: ModelVersion, flavor: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """Keep a model version from making room for others, as it answers for one to come."""
+        return shared(self._path(model, flavor, "answering"))
 
     def is_running(self, model: ModelVersion, flavor: str) -> bool:
         """Whether it is loaded and its process lives."""
@@ -170,9 +179,13 @@ class ModelHost:
             )
             self._write(record)
             self._make_room(record, others_may_go=asked)
-        except (ModelServerError, OSError) as error:
-            self.runner(model, flavor).stop()
-            record = _failed(replace(record, started=before.started), str(error))
+        except Exception as error:
+            # The reason is told and the pause kept, also where nothing can be ended now.
+            with contextlib.suppress(ModelServerError, OSError):
+                self.runner(model, flavor).stop()
+            expected = isinstance(error, (ModelServerError, OSError))
+            problem = str(error) if expected else f"The model server failed: {error!r}."
+            record = _failed(replace(record, started=before.started), problem)
             if isinstance(error, MemoryBudgetError):
                 # It would not fit any better in a minute; whoever asks for it tries again.
                 record = replace(record, failures=0, resting=True)
@@ -238,7 +251,11 @@ class ModelHost:
         for record in self.records():
             if record.started is None or not self._is_idle(record, seconds):
                 continue
-            with self.changing(record.model, record.flavor, time.monotonic() + seconds):
+            # Whoever changes it now uses it; it is not waited for.
+            with (
+                contextlib.suppress(DeadlineExceededError),
+                self.changing(record.model, record.flavor, 0.0),
+            ):
                 if self._is_idle(record, seconds):
                     self.stop(record.model, record.flavor, resting=True)
                     _LOG.info(
@@ -265,7 +282,8 @@ class ModelHost:
         with exclusive(files.with_suffix(".lock"), deadline, f"the files of {model}"):
             if not files.exists():
                 self._registry.fetch(model, files)
-        os.utime(files)
+            # Its time tells when it was used last.
+            os.utime(files)
         python = self._environments.python_for(files, deadline)
         try:
             self.runner(model, flavor).start(python, files, deadline)
@@ -293,7 +311,10 @@ class ModelHost:
         if others_may_go and self._settings.memory_policy == "unload_least_recent":
             others.sort(key=lambda other: self.last_used(other.model, other.flavor))
             while others and record.memory <= budget < record.memory + sum(sizes.values()):
-                if self._rest(other := others.pop(0)):
+                other = others.pop(0)
+                if is_shared(self._path(other.model, other.flavor, "answering")):
+                    continue
+                if self._rest(other):
                     del sizes[other]
         free = max(budget - sum(sizes.values()), 0)
         if record.memory > free:
@@ -351,14 +372,15 @@ def _failed(record: RunnerRecord, problem: str) -> RunnerRecord:
     now = time.time()
     stable = record.started is not None and now - record.started > _STABLE_SECONDS
     failures = 1 if stable else record.failures + 1
-    pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 10), _LONGEST_PAUSE_SECONDS)
-    return replace(record, started=None, failures=failures, retry_at=now + pause, problem=problem)
+    retry_at = now + _STARTS.pause(failures)
+    return replace(record, started=None, failures=failures, retry_at=retry_at, problem=problem)
 
 
 def _read(path: Path) -> RunnerRecord | None:
+    """A record; None where there is none, it was cut short or another version's."""
     try:
-        return RunnerRecord(**json.loads(path.read_text()))
-    except FileNotFoundError:
+        return msgspec.json.decode(path.read_bytes(), type=RunnerRecord)
+    except (OSError, ValueError, msgspec.DecodeError):
         return None
 
 

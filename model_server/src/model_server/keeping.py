@@ -12,6 +12,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 
+from model_server.backoff import Backoff
 from model_server.catalog import AliasKey, Catalog, CatalogEntry, Contents, Key
 from model_server.environments import Environments
 from model_server.errors import (
@@ -44,9 +46,16 @@ _TIDY_SECONDS = 3600.0
 _SEEN_SECONDS = 4.0
 _STOP_SECONDS = 1.0
 _STARTS_AT_ONCE = 4
-_FIRST_PAUSE_SECONDS = 5.0
-_LONGEST_PAUSE_SECONDS = 300.0
+_STOPS_AT_ONCE = 4
+_DEPLOYMENTS_AT_ONCE = 4
+_QUESTIONS_AT_ONCE = 8
+_DEPLOYMENTS = Backoff(first=5.0, longest=300.0)
+"""Longer than for starts: nobody waits, as the old version answers."""
 _DAY = 86400.0
+
+
+_Work = Key | tuple[AliasKey, ModelVersion]
+"""What a start or stop, or a deployment, is of."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,15 @@ class Keeper:
         self._host = host
         self._stopping = Event()
         self._threads: list[Thread] = []
+        # Each in threads of their own: what has crashed comes back during slow deployments.
         self._starts = ThreadPoolExecutor(_STARTS_AT_ONCE, thread_name_prefix="start")
-        self._under_way: dict[Key | AliasKey, Future[None]] = {}
+        self._stops = ThreadPoolExecutor(_STOPS_AT_ONCE, thread_name_prefix="stop")
+        self._deployments = ThreadPoolExecutor(_DEPLOYMENTS_AT_ONCE, thread_name_prefix="deploy")
+        self._under_way: dict[_Work, Future[None]] = {}
         self._changing = Lock()
+        # What the registry said about aliases, and what came of it.
+        self._following = Lock()
+        self._meant: dict[AliasKey, ModelVersion] = {}
         self._unwanted: set[RunnerRecord] = set()
         self._refused: dict[AliasKey, _Refused] = {}
         self._noted: dict[AliasKey, str | None] = {}
@@ -95,7 +110,8 @@ class Keeper:
     def stop(self) -> None:
         """Let go; starts under way end with the worker."""
         self._stopping.set()
-        self._starts.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._starts, self._stops, self._deployments):
+            threads.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             # One that waits for something that is away is left to end with the process.
@@ -220,7 +236,7 @@ class Keeper:
             return
         for entry in known.entries.values():
             if self._should_start(entry):
-                self._begin(entry.key, partial(self._start, entry))
+                self._begin(self._starts, entry.key, partial(self._start, entry))
         unwanted = {
             record
             for record in self._host.records()
@@ -229,7 +245,8 @@ class Keeper:
         }
         # What was unwanted a moment ago as well: callers that had looked it up have asked by now.
         for record in unwanted & self._unwanted:
-            self._begin((record.name, record.flavor, record.version), partial(self._stop, record))
+            key = record.name, record.flavor, record.version
+            self._begin(self._stops, key, partial(self._stop, record))
         self._unwanted = unwanted
 
     def _should_start(self, entry: CatalogEntry) -> bool:
@@ -242,14 +259,14 @@ class Keeper:
             return False
         return time.time() >= record.retry_at
 
-    def _begin(self, key: Key | AliasKey, function: Callable[[], None]) -> None:
+    def _begin(self, threads: ThreadPoolExecutor, key: _Work, function: Callable[[], None]) -> None:
         with self._changing:
             if key not in self._under_way and not self._stopping.is_set():
-                future = self._starts.submit(function)
+                future = threads.submit(function)
                 self._under_way[key] = future
                 future.add_done_callback(partial(self._finished, key))
 
-    def _finished(self, key: Key | AliasKey, future: Future[None]) -> None:
+    def _finished(self, key: _Work, future: Future[None]) -> None:
         with self._changing:
             self._under_way.pop(key, None)
         if future.cancelled() or (error := future.exception()) is None:
@@ -283,45 +300,90 @@ class Keeper:
                 )
 
     def _follow(self) -> None:
-        """Ask the registry what the aliases in use mean now."""
+        """Ask the registry what the aliases in use mean now, about several at once.
+
+        What goes wrong with one of them is noted, and no matter of the others.
+        """
         known = self._known.current()
         if known is None:
             return
-        answers: dict[tuple[str, str], ModelVersion | ModelServerError] = {}
+        flavors: dict[tuple[str, str], list[str]] = {}
         for name, flavor, alias in known.aliases:
-            if self._stopping.is_set():
-                return
-            if (name, alias) not in answers:
-                answers[name, alias] = self._resolve(name, alias)
-            self._act_upon((name, flavor, alias), answers[name, alias])
-        for gone in (self._refused.keys() | self._noted.keys()) - known.aliases.keys():
-            self._refused.pop(gone, None)
-            self._noted.pop(gone, None)
+            flavors.setdefault((name, alias), []).append(flavor)
+        questions = deque(
+            [(name, flavor, alias) for flavor in kinds] for (name, alias), kinds in flavors.items()
+        )
+        troubles: list[Exception] = []
+        asking = [
+            Thread(target=self._ask_registry, args=[questions, troubles], daemon=True)
+            for _ in range(min(_QUESTIONS_AT_ONCE, len(questions)))
+        ]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+        for told in (self._meant, self._refused, self._noted):
+            for gone in told.keys() - known.aliases.keys():
+                told.pop(gone, None)
+        if troubles:
+            raise troubles[0]
 
-    def _resolve(self, name: str, alias: str) -> ModelVersion | ModelServerError:
+    def _ask_registry(self, questions: deque[list[AliasKey]], troubles: list[Exception]) -> None:
+        """Ask until no question is left; the aliases of one question differ in the flavor only."""
+        while not self._stopping.is_set():
+            try:
+                aliases = questions.popleft()
+            except IndexError:
+                return
+            try:
+                self._follow_one(aliases)
+            except RegistryUnavailableError as error:
+                # It would not answer the other ones either.
+                questions.clear()
+                troubles.append(error)
+            except Exception as error:  # noqa: BLE001  told when all have been asked
+                troubles.append(error)
+
+    def _follow_one(self, aliases: list[AliasKey]) -> None:
+        name, _, alias = aliases[0]
+        refusal: RegistryRefusedError | None = None
+        meant: ModelVersion | ModelServerError
         try:
-            return self._registry.resolve(name, alias)
-        except (RegistryUnavailableError, RegistryRefusedError):
-            # Of the registry as a whole: not this alias' trouble.
+            meant = self._registry.resolve(name, alias)
+        except RegistryUnavailableError:
             raise
+        except RegistryRefusedError as error:
+            meant = refusal = error
         except ModelServerError as error:
-            return error
+            meant = error
+        with self._following:
+            for one in aliases:
+                self._act_upon(one, meant)
+        if refusal:
+            raise refusal
 
     def _act_upon(self, alias: AliasKey, meant: ModelVersion | ModelServerError) -> None:
         known = self._known.current()
         entry = known.named(*alias) if known else None
         if entry is None:
             return
+        if entry.problem is None:
+            # Where nothing is noted, there is nothing to take back.
+            self._noted.setdefault(alias, None)
         if isinstance(meant, ModelServerError):
             self._note(alias, f"{meant} Version {entry.model.version} goes on.")
-        elif meant == entry.model:
+            return
+        self._meant[alias] = meant
+        if meant == entry.model:
             self._refused.pop(alias, None)
             self._note(alias, None)
-        else:
-            refused = self._refused.get(alias)
-            waits = refused and refused.model == meant and time.monotonic() < refused.retry_at
-            if not waits:
-                self._begin(alias, partial(self._deploy, alias, entry, meant))
+            return
+        refused = self._refused.get(alias)
+        waits = refused and refused.model == meant and time.monotonic() < refused.retry_at
+        if not waits:
+            # Beside the deployment of another version that the alias has meant meanwhile.
+            deploy = partial(self._deploy, alias, entry.model, meant)
+            self._begin(self._deployments, (alias, meant), deploy)
 
     def _note(self, alias: AliasKey, problem: str | None) -> None:
         if alias not in self._noted or self._noted[alias] != problem:
@@ -329,25 +391,29 @@ class Keeper:
             self.refresh()
             self._noted[alias] = problem
 
-    def _deploy(self, alias: AliasKey, old: CatalogEntry, new: ModelVersion) -> None:
+    def _deploy(self, alias: AliasKey, old: ModelVersion, new: ModelVersion) -> None:
         """Start and warm what an alias means now beside the old one, then move the traffic."""
         deadline = self._deadline()
         name, flavor, asked_as = alias
+        # Another host may have moved it already, while this one keeps to the old version.
+        recorded = self._catalog.contents().named(alias)
+        if recorded is None:
+            return
         try:
-            with self._host.changing(new, flavor, deadline):
+            with (
+                self._host.answering(old, flavor),
+                self._host.changing(new, flavor, deadline),
+            ):
                 self._host.start(new, flavor, deadline, asked=True)
-                moved = self._catalog.record(new, flavor, asked_as=asked_as, moved=True)
+                if self._registry.resolve(name, asked_as) != new:
+                    # Moved on, or back, while this one was loading; nobody gets to see it.
+                    return
+                moved = recorded != new and self._catalog.record(
+                    new, flavor, asked_as=asked_as, instead_of=recorded
+                )
                 self.refresh()
         except (ModelServerError, OSError) as error:
-            before = self._refused.get(alias)
-            failures = before.failures + 1 if before and before.model == new else 1
-            pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** (failures - 1), _LONGEST_PAUSE_SECONDS)
-            self._refused[alias] = _Refused(new, failures, time.monotonic() + pause)
-            self._note(
-                alias,
-                f"Alias {asked_as!r} means version {new.version} in MLflow, which cannot be "
-                f"loaded; version {old.model.version} goes on. {error}",
-            )
+            self._refuse(alias, old, new, error)
             raise
         if moved:
             _LOG.info(
@@ -356,9 +422,26 @@ class Keeper:
                     "model": name,
                     "flavor": flavor,
                     "alias": asked_as,
-                    "from": old.model.version,
+                    "from": old.version,
                     "version": new.version,
                 },
+            )
+
+    def _refuse(
+        self, alias: AliasKey, old: ModelVersion, new: ModelVersion, error: Exception
+    ) -> None:
+        """Try a version again after a pause, and say why it is not the one that answers."""
+        with self._following:
+            if self._meant.get(alias) != new:
+                return
+            before = self._refused.get(alias)
+            failures = before.failures + 1 if before and before.model == new else 1
+            retry_at = time.monotonic() + _DEPLOYMENTS.pause(failures)
+            self._refused[alias] = _Refused(new, failures, retry_at)
+            self._note(
+                alias,
+                f"Alias {alias[2]!r} means version {new.version} in MLflow, which cannot be "
+                f"loaded; version {old.version} goes on. {error}",
             )
 
     def _unload_idle(self) -> None:

@@ -52,16 +52,18 @@ class KnownCatalog:
             self._memory = mmap.mmap(counter, _COUNT.size)
         finally:
             os.close(counter)
-        self._seen = -1
-        self._known: Known | None = None
+        # The count and the copy of that count change together, whichever thread is faster.
+        self._copy: tuple[int, Known | None] = (-1, None)
 
     def current(self) -> Known | None:
         """What this host knows now; None if it never knew anything."""
         (count,) = _COUNT.unpack_from(self._memory)
-        if count != self._seen:
+        seen, known = self._copy
+        if count != seen:
             # The count first: a file that is newer still is read once more, never missed.
-            self._known, self._seen = _read(self._file), count
-        return self._known
+            known = _read(self._file)
+            self._copy = count, known
+        return known
 
     def refresh(
         self, read: Callable[[], Contents], is_ready: Callable[[CatalogEntry], bool]
@@ -100,11 +102,15 @@ def _hold_over(before: Known, now: Known, is_ready: Callable[[CatalogEntry], boo
 
 
 def _read(file: Path) -> Known | None:
+    """What the file says; None where there is none, it was cut short or another version's."""
     try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        # Never written, or cut short when the machine lost its power.
+        return _from_json(file.read_text())
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _from_json(text: str) -> Known:
+    content = json.loads(text)
     entries = [
         CatalogEntry(
             ModelVersion(entry["name"], entry["version"], entry["digest"]),

@@ -29,11 +29,29 @@ def exclusive(path: Path, deadline: float, what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Hold the lock together with all others who share it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_shared(path: Path) -> bool:
+    """Whether anybody holds the lock, alone or with others."""
+    return _is_refused(path, fcntl.LOCK_EX)
+
+
 def is_held(path: Path) -> bool:
     """Whether somebody holds the lock exclusively at this moment."""
+    return _is_refused(path, fcntl.LOCK_SH)
+
+
+def _is_refused(path: Path, kind: int) -> bool:
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:

@@ -32,7 +32,8 @@ from model_server.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 
-_LOADS_AT_ONCE = 8
+_AT_ONCE = {"load": 8, "revive": 8, "unload": 8, "end": 4}
+"""How many of each kind of work, in threads of their own: none waits for a slower kind."""
 _TOUCH_SECONDS = 1.0
 _HOSTS_SECONDS = 5.0
 _END_SECONDS = 0.3
@@ -49,11 +50,42 @@ class Predicted:
 
 
 class _Handle:
-    """This worker's connections to one runner, and when it last told that they are used."""
+    """This worker's connections to one runner, which tells the host while they are used."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, touch: Callable[[], None]) -> None:
         self.runner = runner
-        self.touched = 0.0
+        self._touch = touch
+        self._under_way = 0
+        self._used = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def predict(self, body: bytes, kind: bytes) -> tuple[int, bytes]:
+        """Ask the runner; until it answers it counts as used."""
+        self._under_way += 1
+        self.note_use()
+        try:
+            return await self.runner.predict(body, kind)
+        finally:
+            self._under_way -= 1
+
+    def note_use(self) -> None:
+        """Tell of a use now, and of those that follow each second at most."""
+        self._used = True
+        if self._timer is None:
+            self._tell()
+
+    def close(self) -> None:
+        """Give up the connections when the last answer has come."""
+        self._used = False
+        self.runner.close()
+
+    def _tell(self) -> None:
+        self._timer = None
+        if self._used:
+            self._touch()
+            # What is under way now is told of after its end once more.
+            self._used = self._under_way > 0
+            self._timer = asyncio.get_running_loop().call_later(_TOUCH_SECONDS, self._tell)
 
 
 class ModelServing:
@@ -83,7 +115,10 @@ class ModelServing:
         )
         self._handles: dict[tuple[ModelVersion, str], _Handle] = {}
         self._under_way: dict[tuple[str, ...], asyncio.Future[Any]] = {}
-        self._threads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load")
+        self._threads = {
+            kind: ThreadPoolExecutor(number, thread_name_prefix=kind)
+            for kind, number in _AT_ONCE.items()
+        }
         self._held = ExitStack()
 
     def start(self) -> None:
@@ -97,9 +132,10 @@ class ModelServing:
     def stop(self) -> None:
         """Let go of everything; the runners end when no worker is left."""
         self._keeper.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         for handle in self._handles.values():
-            handle.runner.close()
+            handle.close()
         self._registry.close()
         self._catalog.close()
         self._held.close()
@@ -133,7 +169,7 @@ class ModelServing:
             ):
                 await self._revive(entry)
             try:
-                rows, answer = await handle.runner.predict(body, kind)
+                rows, answer = await handle.predict(body, kind)
             except RunnerNotRunningError:
                 await self._note_end(entry)
                 await self._revive(entry)
@@ -150,7 +186,7 @@ class ModelServing:
     async def unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
         """Unload for every worker of every host: the process is gone here when this returns."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._unload, name, flavor, version_or_alias
+            self._threads["unload"], self._unload, name, flavor, version_or_alias
         )
 
     async def loaded_models(self) -> list[LoadedModel]:
@@ -164,11 +200,13 @@ class ModelServing:
         entry = self._find(name, flavor, version_or_alias)
         if entry is None:
             raise _not_loaded(name, flavor, version_or_alias)
-        runner = self._handle(entry).runner
+        handle = self._handle(entry)
+        runner = handle.runner
         not_ready = ModelNotReadyError(f"{_capital(entry)} does not run at this moment.")
         if not runner.is_connected() and not self._host.is_started(entry.model, entry.flavor):
             raise not_ready
         try:
+            handle.note_use()
             description = await runner.describe()
         except RunnerNotRunningError:
             raise not_ready from None
@@ -194,11 +232,8 @@ class ModelServing:
         handle = self._handles.get(key)
         if handle is None:
             self._let_go()
-            handle = self._handles[key] = _Handle(self._host.runner(*key))
-        now = time.monotonic()
-        if now - handle.touched > _TOUCH_SECONDS:
-            handle.touched = now
-            self._host.touch(*key)
+            touch = partial(self._host.touch, *key)
+            handle = self._handles[key] = _Handle(self._host.runner(*key), touch)
         return handle
 
     def _let_go(self) -> None:
@@ -208,17 +243,20 @@ class ModelServing:
             {(entry.model, entry.flavor) for entry in known.entries.values()} if known else set()
         )
         for key in self._handles.keys() - wanted:
-            self._handles.pop(key).runner.close()
+            self._handles.pop(key).close()
 
     async def _note_end(self, entry: CatalogEntry) -> RunnerRecord | None:
         record: RunnerRecord | None = await self._once(
-            ("end", *map(str, entry.key)),
+            ("end", "note", *map(str, entry.key)),
             partial(self._host.note_end, entry.model, entry.flavor, _END_SECONDS),
         )
         return record
 
     async def _revive(self, entry: CatalogEntry) -> None:
         """Wait a while for what shall run here and does not, unless it has failed."""
+        await self._once(
+            ("end", "refuse", *map(str, entry.key)), partial(self._refuse_failed, entry)
+        )
         try:
             async with asyncio.timeout(self._settings.startup_seconds):
                 await self._once(
@@ -238,10 +276,13 @@ class ModelServing:
         return entry
 
     async def _once(self, key: tuple[str, ...], function: Callable[[], Any]) -> Any:
-        """Share one run of a slow function among all who want it at the same time."""
+        """Share one run of a slow function among all who want it at the same time.
+
+        The key begins with the kind of work.
+        """
         future = self._under_way.get(key)
         if future is None:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, function)
+            future = asyncio.get_running_loop().run_in_executor(self._threads[key[0]], function)
             self._under_way[key] = future
             future.add_done_callback(partial(self._forget, key))
         return await asyncio.shield(future)

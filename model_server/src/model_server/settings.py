@@ -16,6 +16,8 @@ Seconds = Annotated[float, Field(gt=0)]
 
 # A Unix socket's address holds 107 bytes; our socket names take 22 of them.
 _LONGEST_RUNTIME_DIR = 85
+# Whoever is asked tells so each second, from a process that may be busy.
+_SHORTEST_IDLE_SECONDS = 5
 _DATABASES = ("sqlite", "postgresql+psycopg")
 
 
@@ -55,7 +57,7 @@ class Settings(BaseSettings):
     """How long environments and model files are kept that nobody uses."""
 
     idle_unload_seconds: Annotated[float, Field(ge=0)] = 0
-    """After how long without a request a model is unloaded until the next one; 0 is never."""
+    """How long without a request before a model is unloaded until the next one; 0 is never."""
     memory_budget: Annotated[int, Field(ge=0)] = 0
     """Bytes that all models of this host may use together; 0 is no limit."""
     memory_policy: Literal["refuse", "unload_least_recent"] = "refuse"
@@ -111,6 +113,13 @@ class Settings(BaseSettings):
         if self.database_url:
             return self.database_url.get_secret_value()
         return f"sqlite:///{self.state_dir / 'catalog.sqlite'}"
+
+    @field_validator("idle_unload_seconds")
+    @classmethod
+    def _idle_unload_seconds(cls, value: float) -> float:
+        if 0 < value < _SHORTEST_IDLE_SECONDS:
+            raise ValueError(f"must be {_SHORTEST_IDLE_SECONDS} or more, or 0 for never")
+        return value
 
     @field_validator("root_path")
     @classmethod
