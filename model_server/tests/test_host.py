@@ -8,6 +8,7 @@ from light_models import Shelf
 from model_server.environments import Environments
 from model_server.errors import ModelNotFoundError, RunnerUnavailableError
 from model_server.host import ModelHost
+from model_server.locks import exclusive
 from model_server.processes import ChildProcesses, RunnerSpec
 from model_server.registry import ModelRegistry, ModelVersion
 from model_server.settings import Settings
@@ -29,6 +30,20 @@ def _start(host: ModelHost, model: ModelVersion = ROSE) -> None:
     deadline = time.monotonic() + 60
     with host.changing(model, FLAVOR, deadline):
         host.start(model, FLAVOR, deadline, asked=True)
+
+
+def test_files_that_somebody_takes_are_not_removed(light: Settings) -> None:
+    host = _host(light)
+    files = host.files(ROSE)
+    files.mkdir(parents=True)
+    now = time.time() + 60
+    with exclusive(files.with_suffix(".lock"), 0.0, "its files"):
+        host.remove_unused_files(set(), now)
+        assert files.exists()
+    host.remove_unused_files({ROSE.digest}, now)
+    assert files.exists()
+    host.remove_unused_files(set(), now)
+    assert [path.name for path in files.parent.iterdir()] == ["digest.lock"]
 
 
 class _Broken(ChildProcesses):

@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -266,6 +268,25 @@ class ModelHost:
     def files(self, model: ModelVersion) -> Path:
         """Where the model's files lie."""
         return self._settings.state_dir / "models" / model.digest
+
+    def remove_unused_files(self, wanted: set[str], oldest: float) -> None:
+        """Remove models' files used last before `oldest` (of the epoch), but none of `wanted`."""
+        folder = self._settings.state_dir / "models"
+        for files in folder.iterdir() if folder.exists() else []:
+            digest = files.name.partition(".")[0]
+            if not files.is_dir() or digest in wanted:
+                continue
+            lock = (folder / digest).with_suffix(".lock")
+            # Whoever takes them at this moment uses them.
+            with (
+                contextlib.suppress(DeadlineExceededError),
+                exclusive(lock, 0.0, "the model's files"),
+            ):
+                if files.stat().st_mtime < oldest:
+                    # Under another name first: half of a model is never used.
+                    stale = Path(tempfile.mkdtemp(prefix=f"{digest}.partial-", dir=folder))
+                    files.rename(stale)
+                    shutil.rmtree(stale, ignore_errors=True)
 
     def environments_in_use(self) -> set[Path]:
         """The environments of all runners that run, or may any moment."""

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import logging
 import secrets
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -457,10 +456,7 @@ class Keeper:
         oldest = time.time() - max(kept, self._settings.load_timeout_seconds)
         self._environments.remove_unused(self._host.environments_in_use(), oldest)
         wanted = {entry.model.digest for entry in known.entries.values()}
-        folders = self._settings.state_dir / "models"
-        for files in folders.iterdir() if folders.exists() else []:
-            if files.is_dir() and files.name not in wanted and files.stat().st_mtime < oldest:
-                shutil.rmtree(files, ignore_errors=True)
+        self._host.remove_unused_files(wanted, oldest)
 
     def _is_ready(self, entry: CatalogEntry) -> bool:
         return self._host.is_running(entry.model, entry.flavor)
