@@ -121,7 +121,11 @@ FAULTY: list[tuple[str, Any, str]] = [
         "6 GB",
         'is "6 GB"; write a number with K, M, G or T, or 0 for no budget',
     ),
-    ("model_server_idle_unload_seconds", -1, "is -1; write seconds, or 0 for never"),
+    (
+        "model_server_idle_unload_seconds",
+        4,
+        "is 4; write 5 seconds or more, or 0 for never",
+    ),
     ("model_server_environment_keep_days", 0, "is 0; keep an environment for at least 1 day"),
     (
         "model_server_wheels_dir",
