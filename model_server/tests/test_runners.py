@@ -76,6 +76,22 @@ def _is_gone(process: int) -> bool:
     return False
 
 
+def test_a_socket_that_is_still_somebody_elses_is_no_runner_yet(
+    runner: Runner, trained: TrainedModels
+) -> None:
+    """As systemd's are, between their making and their being given away."""
+    _start(runner, trained.folder / "fragile")
+    before = os.geteuid()
+    (runner._settings.sockets / runner.name).chmod(0o000)
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(RunnerNotRunningError):
+            _run(lambda: runner.predict(_body(1.0)), runner)
+    finally:
+        os.seteuid(before)
+
+
 def test_one_life_of_a_fragile_model(
     runner: Runner,
     settings: Settings,

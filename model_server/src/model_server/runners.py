@@ -174,7 +174,8 @@ class Runner:
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             channel.connect(str(self._processes.address(self.name)))
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+            # Refused also while systemd makes the socket: it is root's before it is given away.
             channel.close()
             raise RunnerNotRunningError(self._label) from None
         except BlockingIOError:
