@@ -316,17 +316,6 @@ def test_listens_only_where_it_should(host: Any, inputs: dict[str, Any]) -> None
     assert not host.socket(f"tcp://127.0.0.1:{port}").is_listening
 
 
-@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
-def test_what_was_loaded_comes_back(
-    host: Any, server: Client, in_use: dict[str, Any], blow: str
-) -> None:
-    """After a restart, after kill -9, after a reboot of the host."""
-    scenario.strike(host, UNIT, blow)
-    server.wait_for("/health/ready")
-    assert (MODEL, "sklearn", 1, "ready") in loaded(server)
-    assert_predicts(server, in_use)
-
-
 @pytest.mark.once
 def test_a_reload_fails_no_request(host: Any, server: Client, in_use: dict[str, Any]) -> None:
     """All HTTP processes are replaced under callers who keep their connections; models stay."""
@@ -342,6 +331,17 @@ def test_a_reload_fails_no_request(host: Any, server: Client, in_use: dict[str, 
     )
     assert (answers >= 400, complaints, stayed) == (True, [], 0)
     assert runners(host) == models
+
+
+@pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
+def test_what_was_loaded_comes_back(
+    host: Any, server: Client, in_use: dict[str, Any], blow: str
+) -> None:
+    """After a restart, after kill -9, after a reboot of the host."""
+    scenario.strike(host, UNIT, blow)
+    server.wait_for("/health/ready")
+    assert (MODEL, "sklearn", 1, "ready") in loaded(server)
+    assert_predicts(server, in_use)
 
 
 def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
