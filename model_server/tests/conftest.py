@@ -10,8 +10,11 @@ import hypothesis
 import pytest
 
 from light_models import Gate, Shelf, write_uv
+from model_server import host as hosting
+from model_server import serving
 from model_server.settings import Settings
 from registry_server import RegistryServer
+from servers import kept_port
 
 # The machine may be slow, and what failed once belongs into the tests, not into a folder.
 hypothesis.settings.register_profile("here", deadline=None, database=None)
@@ -66,17 +69,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModels:
         import mlflow.models
         import mlflow.pyfunc
         import mlflow.sklearn
-        from sklearn.datasets import load_iris
-        from sklearn.linear_model import LinearRegression, LogisticRegression
-        from sklearn.tree import DecisionTreeClassifier
 
-        frame, target = load_iris(return_X_y=True, as_frame=True)
-        array = frame.to_numpy()
-        models = {
-            "logistic": LogisticRegression(max_iter=500).fit(frame, target.map("abc".__getitem__)),
-            "tree": DecisionTreeClassifier(random_state=0).fit(array, target),
-            "linear": LinearRegression().fit(array, target),
-        }
+        from iris_models import fit_models
+
+        frame, sample, models = fit_models()
         for name, model in models.items():
             signature = (
                 mlflow.models.infer_signature(frame, model.predict(frame))
@@ -95,7 +91,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModels:
             python_model=str(Path(__file__).parent / "models" / "fragile.py"),
             pip_requirements=["mlflow"],
         )
-        sample = frame.iloc[[0, 60, 120]]
         inputs = {"logistic": sample, "tree": sample.to_numpy(), "linear": sample.to_numpy()}
         return TrainedModels(
             folder=folder,
@@ -113,9 +108,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainedModels:
 
 @pytest.fixture
 def registry_server() -> Iterator[RegistryServer]:
-    server = RegistryServer()
-    yield server
-    server.close()
+    # Where it is away, nobody else shall be in its place.
+    with kept_port() as port:
+        server = RegistryServer(port)
+        yield server
+        server.close()
 
 
 @pytest.fixture
@@ -154,6 +151,7 @@ def make_settings(folder: Path, tracking_uri: str) -> Settings:
         uv=str(uv),
         tracking_uri=tracking_uri,
         load_timeout_seconds=60,
+        startup_seconds=60,
         predict_timeout_seconds=20,
         stop_timeout_seconds=2,
     )
@@ -165,8 +163,11 @@ def shelf(registry_server: RegistryServer, tmp_path: Path) -> Shelf:
 
 
 @pytest.fixture
-def light(settings: Settings, tmp_path: Path) -> Settings:
+def light(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings for models of one short file; the catalog may be shared by several hosts."""
+    # On a busy machine, an end that was seen by a socket may take long to be seen by all.
+    monkeypatch.setattr(serving, "_END_SECONDS", 10)
+    monkeypatch.setattr(hosting, "_REASON_SECONDS", 10)
     return Settings(
         **settings.model_dump()
         | {

@@ -39,6 +39,16 @@ class Host:
         got = self.ask(name, reference, flavor=flavor)
         return got.json()["prediction"][0] if got.status_code == 200 else got.status_code
 
+    def infer(self, name: str) -> Any:
+        """What V2 predicts for one row, asked without a version, or the status."""
+        tensor = {"name": "x", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+        got = self._client.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]})
+        return got.json()["outputs"][0]["data"][0] if got.status_code == 200 else got.status_code
+
+    def described(self, name: str, path: str = "") -> httpx2.Response:
+        """V2's description of a model, or with `/ready` whether it is ready."""
+        return self._client.get(f"/v2/models/{name}{path}")
+
     def listing(self) -> list[dict[str, Any]]:
         got = self._client.get("/loaded_models")
         assert got.status_code == 200, got.text
@@ -47,6 +57,11 @@ class Host:
 
     def states(self) -> dict[tuple[str, int], str]:
         return {(entry["model_name"], entry["version"]): entry["state"] for entry in self.listing()}
+
+    def metrics(self) -> str:
+        got = self._client.get("/metrics")
+        assert got.status_code == 200, got.text
+        return got.text
 
     def is_ready(self) -> bool:
         return self._client.get("/health/ready").status_code == 200

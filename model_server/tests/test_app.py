@@ -1,5 +1,7 @@
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,49 @@ from model_server.settings import Settings
 from registry_server import RegistryServer
 
 ROW = {"data": [[5.1, 3.5, 1.4, 0.2]]}
+
+# What FastAPI records of one wrong request to our application, and of one to any other.
+_TELEMETRY = """
+import json
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from opentelemetry import _logs, metrics, trace
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from model_server import create_app
+from model_server.settings import read_settings
+
+spans, numbers, logs = InMemorySpanExporter(), InMemoryMetricReader(), InMemoryLogRecordExporter()
+tracers, loggers = TracerProvider(), LoggerProvider()
+tracers.add_span_processor(SimpleSpanProcessor(spans))
+loggers.add_log_record_processor(SimpleLogRecordProcessor(logs))
+trace.set_tracer_provider(tracers)
+metrics.set_meter_provider(MeterProvider([numbers]))
+_logs.set_logger_provider(loggers)
+
+def recorded(app):
+    with TestClient(app) as client:
+        assert client.get("/load_model/rose/onnx/1").status_code == 422
+    read = numbers.get_metrics_data()
+    texts = {
+        "traces": [span.to_json() for span in spans.get_finished_spans()],
+        "metrics": [read.to_json()] if read else [],
+        "logs": [record.to_json() for record in logs.get_finished_logs()],
+    }
+    return [kind for kind, found in texts.items() if any("fastapi" in text for text in found)]
+
+def route(flavor: int):
+    return flavor
+
+other = FastAPI()
+other.add_api_route("/load_model/rose/{flavor}/1", route)
+print(json.dumps([recorded(create_app(read_settings())), recorded(other)]))
+"""
 
 
 @pytest.fixture
@@ -206,14 +251,39 @@ def test_a_model_that_cannot_be_loaded_says_why(
     answer = empty.get("/load_model/broken/pyfunc/1")
     assert answer.status_code == 422
     assert "no-such-package was not found" in answer.json()["detail"]
-    (folder / "requirements.txt").write_text("mlflow")
+    # Most often, it is the requirements of an old Python that cannot be installed.
     (folder / "MLmodel").write_text("flavors:\n  python_function:\n    python_version: 3.1.4\n")
+    registry_server.created += 1
+    answer = empty.get("/load_model/broken/pyfunc/1")
+    assert answer.status_code == 422
+    assert "no-such-package was not found" in answer.json()["detail"]
+    assert answer.json()["detail"].startswith("It was stored by Python 3.1 and this server has")
+    (folder / "requirements.txt").write_text("mlflow")
     registry_server.created += 1
     answer = empty.post("/broken/1", json=ROW)
     assert answer.status_code == 422
     assert "cannot be loaded as pyfunc" in answer.json()["detail"]
     assert "stored by Python 3.1 and this server has" in answer.json()["detail"]
     assert empty.get("/loaded_models").json() == []
+
+
+def test_nothing_records_requests_beside_the_log(settings: Settings) -> None:
+    """Not even where somebody in the process has set up OpenTelemetry."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TELEMETRY],
+        env={
+            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+            "MODEL_SERVER_STATE_DIR": str(settings.state_dir),
+            "MODEL_SERVER_UV": settings.uv,
+            "MODEL_SERVER_RUNTIME_DIR": str(settings.runtime_dir),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, others = json.loads(done.stdout.splitlines()[-1])
+    assert (ours, others) == ([], ["traces", "metrics", "logs"])
 
 
 def test_a_real_model_answers(client: TestClient, trained: TrainedModels) -> None:
@@ -229,6 +299,35 @@ def test_a_real_model_answers(client: TestClient, trained: TrainedModels) -> Non
     assert "the model takes 4" in answer.json()["detail"]
     answer = client.post(f"/{name}/champion", json=request)
     assert answer.json() == {"prediction": trained.predictions["logistic"]}
+
+
+def test_every_way_to_a_prediction_counts_the_models_calls(
+    client: TestClient, trained: TrainedModels
+) -> None:
+    # Only of what is loaded, counters are told.
+    assert client.get("/load_model/iris & co./sklearn/1").status_code == 200
+    native = {"data": trained.rows, "model_flavor": "sklearn"}
+    tensor = {"name": "x", "shape": [3, 4], "datatype": "FP64", "data": trained.rows}
+    inference = {"inputs": [tensor], "parameters": {"model_flavor": "sklearn"}}
+    # By the short way, by the application, by V2.
+    for path, content, kind in (
+        ("/iris & co./1", native, "application/json"),
+        ("/iris & co./1", native, "text/plain"),
+        ("/v2/models/iris & co./versions/1/infer", inference, "application/json"),
+    ):
+        before = _batch_rows(client)
+        answer = client.post(path, content=json.dumps(content), headers={"content-type": kind})
+        assert answer.status_code == 200, answer.text
+        assert _batch_rows(client) == (before[0] + 3, before[1] + 1)
+
+
+def _batch_rows(client: TestClient) -> tuple[float, float]:
+    """The rows of a model's calls, and how many calls there were."""
+    counted = client.get("/metrics").text
+    labels = '{flavor="sklearn",model="iris & co.",version="1"}'
+    told = dict(line.rsplit(" ", 1) for line in counted.splitlines() if line[0] != "#")
+    rows, calls = (f"model_server_batch_rows_{what}{labels}" for what in ("sum", "count"))
+    return float(told.get(rows, 0)), float(told.get(calls, 0))
 
 
 def test_a_database_that_is_away_keeps_nobody_from_being_live(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Self
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from model_server import catalog as catalogs
 from model_server.catalog import Catalog
@@ -102,8 +102,29 @@ def test_an_alias_moves_only_from_what_it_was_seen_to_mean(catalog: Catalog) -> 
     assert catalog.record(three, "pyfunc", asked_as="champion", instead_of=ONE) is None
     contents = catalog.contents()
     assert list(contents.entries) == [("iris", "pyfunc", 2)]
-    assert contents.named(CHAMPION) == TWO
+    champion = contents.named(CHAMPION)
+    assert champion is not None
+    assert champion.model == TWO
     assert contents.named(("iris", "pyfunc", "challenger")) is None
+
+
+def test_what_is_read_while_an_alias_moves_is_of_one_moment(catalog: Catalog, url: str) -> None:
+    models = [ONE, TWO]
+    catalog.record(ONE, "pyfunc", asked_as="champion")
+    mover = Catalog(url)
+
+    def move(*_: object) -> None:
+        models.reverse()
+        mover.record(models[0], "pyfunc", asked_as="champion")
+
+    # Before each question that the database is asked.
+    event.listen(catalog._engine, "before_cursor_execute", move)
+    contents = catalog.contents()
+    champion = contents.named(CHAMPION)
+    assert champion is not None
+    assert [champion.model, champion.aliases] == [models[0], ["champion"]]
+    assert list(contents.entries.values()) == [champion]
+    assert contents.revision == mover.revision()
 
 
 def test_recording_again_keeps_since_unless_the_model_was_made_anew(catalog: Catalog) -> None:
@@ -182,7 +203,12 @@ def test_a_host_whose_clock_is_wrong_is_waited_for_like_any_other(
     assert not catalog.is_seen_by_all(7)
 
 
-def test_many_workers_may_begin_and_load_at_once(url: str) -> None:
+def test_many_workers_may_begin_and_load_at_once(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However long the disk takes for all of them.
+    monkeypatch.setattr(catalogs, "TRANSACTION_SECONDS", 60)
+
     def work(number: int) -> None:
         Catalog(url).record(
             ModelVersion("iris", number % 4, "digest"), "pyfunc", asked_as=str(number % 4)

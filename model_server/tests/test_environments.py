@@ -1,19 +1,27 @@
+import errno
 import os
+import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from model_server.environments import Built, Environments
+from model_server import environments
+from model_server.environments import Environments
 from model_server.errors import (
     DeadlineExceededError,
     IndexUnavailableError,
     ModelNotLoadableError,
 )
-from model_server.locks import exclusive
+from model_server.locks import exclusive, shared
 from model_server.settings import Settings
+from packages import put_wheel
+
+BESIDE = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+UV = shutil.which("uv", path=BESIDE) or "no uv"
 
 
 def _model(tmp_path: Path, requirements: str, constraints: str | None = None) -> Path:
@@ -85,12 +93,6 @@ def test_uv_gets_no_secret(
     assert "--compile-bytecode" not in uv_log.read_text()
 
 
-def test_source_builds_can_be_allowed(settings: Settings, tmp_path: Path, uv_log: Path) -> None:
-    allowed = settings.model_copy(update={"allow_source_builds": True})
-    _python(allowed, _model(tmp_path, "numpy"))
-    assert "--no-build" not in uv_log.read_text()
-
-
 def test_what_cannot_be_installed_says_why_and_leaves_nothing(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -124,6 +126,22 @@ def test_what_a_killed_build_left_is_swept(settings: Settings, tmp_path: Path) -
     assert not stale.exists()
 
 
+def test_what_the_disk_did_not_take_is_no_environment(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "the disk is broken", str(folder))
+
+    model = _model(tmp_path, "numpy")
+    with monkeypatch.context() as broken:
+        broken.setattr(environments, "write_out", fail)
+        with pytest.raises(OSError, match="the disk is broken"):
+            _python(settings, model)
+    folder = settings.state_dir / "environments"
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+    assert _python(settings, model).exists()
+
+
 def test_only_names_and_versions_are_installed(
     settings: Settings, tmp_path: Path, uv_log: Path
 ) -> None:
@@ -152,12 +170,62 @@ def test_environments_that_nobody_has_used_for_long_are_removed(
     for environment in (used, running, forgotten):
         os.utime(environment, (1000, 1000))
     _python(settings, _model(tmp_path, "a"))
-    environments = Environments(settings)
-    environments.remove_unused({running}, oldest=2000)
+    Environments(settings).remove_unused({running}, oldest=2000)
     assert [path.exists() for path in (used, running, forgotten)] == [True, True, False]
     # Whoever needs it again builds it again, and nothing of the old one is left.
     assert _python(settings, _model(tmp_path, "c")).exists()
     assert {path for path in used.parent.iterdir() if path.is_dir()} == {used, running, forgotten}
+
+
+@pytest.fixture
+def offline(settings: Settings, tmp_path: Path) -> Settings:
+    """Settings with the real uv and three packages, one of them large."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, module in (("large", 2**20 * "#"), ("small", ""), ("other", "")):
+        put_wheel(wheels, name, module)
+    return settings.model_copy(update={"uv": UV, "wheels_dir": wheels})
+
+
+def _bytes(folder: Path) -> int:
+    """What all files take, each counted once however many names it has."""
+    found = (path.lstat() for path in folder.rglob("*"))
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())
+
+
+def test_the_room_of_a_removed_environment_is_free_again(offline: Settings, tmp_path: Path) -> None:
+    forgotten = _python(offline, _model(tmp_path, "large\nsmall"))
+    used = _python(offline, _model(tmp_path, "small\nother"))
+    taken = _bytes(offline.state_dir)
+    Environments(offline).remove_unused({used.parents[1]}, oldest=1000)
+    assert _bytes(offline.state_dir) == taken
+    Environments(offline).remove_unused({used.parents[1]}, oldest=time.time() + 60)
+    assert not forgotten.exists()
+    assert taken - _bytes(offline.state_dir) > 2**20
+    # What is used is still shared with those to come, and what has gone is there again.
+    again = _python(offline, _model(tmp_path, "large\nsmall\nother"))
+    subprocess.run([again, "-c", "import large, small, other"], check=True)
+    (small,) = used.parents[1].rglob("small.py")
+    assert small.stat().st_nlink == 3
+
+
+def test_a_cache_is_let_be_while_somebody_installs_from_it(
+    offline: Settings, tmp_path: Path
+) -> None:
+    _python(offline, _model(tmp_path, "large"))
+    hasty = offline.model_copy(update={"load_timeout_seconds": 1})
+    with shared(offline.state_dir / "cache" / "uv" / ".lock"):
+        Environments(hasty).remove_unused(set(), oldest=time.time() + 60)
+    assert _bytes(offline.state_dir) > 2**20
+    Environments(offline).remove_unused(set(), oldest=time.time() + 60)
+    assert _bytes(offline.state_dir) < 2**20
+
+
+def test_a_cache_that_an_operator_named_is_let_be(offline: Settings, tmp_path: Path) -> None:
+    named = offline.model_copy(update={"uv_cache_dir": tmp_path / "everybody's cache"})
+    _python(named, _model(tmp_path, "large"))
+    Environments(named).remove_unused(set(), oldest=time.time() + 60)
+    assert _bytes(tmp_path / "everybody's cache") > 2**20
 
 
 def test_an_environment_that_is_being_taken_is_not_removed(
@@ -168,26 +236,6 @@ def test_an_environment_that_is_being_taken_is_not_removed(
     with exclusive(environment.with_suffix(".lock"), time.monotonic(), "it"):
         Environments(settings).remove_unused(set(), oldest=2000)
     assert environment.exists()
-
-
-def test_another_builder_may_run_uv(settings: Settings, tmp_path: Path) -> None:
-    """The platform runs source builds where no secret is."""
-    ran = []
-
-    class Elsewhere:
-        def run_uv(
-            self, arguments: list[str], folder: Path, deadline: float, environment: dict[str, str]
-        ) -> Built:
-            assert deadline > time.monotonic()
-            assert folder.is_dir()
-            assert "UV_CACHE_DIR" in environment
-            ran.append(arguments[1])
-            return Built(0, "")
-
-    model = _model(tmp_path, "numpy")
-    python = Environments(settings, Elsewhere()).python_for(model, time.monotonic() + 5)
-    assert python.parents[1].is_dir()
-    assert ran == ["venv", "pip"]
 
 
 def test_a_builder_that_cannot_run_is_named(settings: Settings, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conftest import TrainedModels
 from model_server import create_app
+from model_server.bodies import Room
 from model_server.fastpath import FastPath
 from model_server.settings import Settings
 from registry_server import RegistryServer
@@ -67,6 +68,7 @@ CORPUS: dict[str, tuple[str, dict[str, str], bytes, bool]] = {
     "unknown flavor": (IRIS, {}, b'{"data": [[1]], "model_flavor": "onnx"}', False),
     "dtype no text": (IRIS, {}, b'{"data": [[1]], "dtype": 5}', False),
     "params no object": (IRIS, {}, b'{"data": [[1]], "params": []}', False),
+    "a character by its number": (IRIS, {}, b'{"data": [["\\u00e4\\ud83d\\ude00"]]}', False),
     "no UTF-8": (IRIS, {}, b'{"data": ["\xff"]}', False),
     "half a surrogate": (IRIS, {}, b'{"data": ["\\ud800"]}', False),
     "nested deep": (IRIS, {}, b'{"data": ' + 9_000 * b"[" + 9_000 * b"]" + b"}", False),
@@ -186,7 +188,7 @@ def test_a_large_body_in_many_pieces_costs_what_its_bytes_cost(end: bytes) -> No
     scope = {"type": "http", "method": "POST", "path": "/iris/1", "headers": []}
     serving: Any = None
     began = time.process_time()
-    asyncio.run(FastPath(app, serving, limit)(scope, receive, send))
+    asyncio.run(FastPath(app, serving, limit, Room())(scope, receive, send))
     # A copy for each piece would be 128 GiB.
     assert time.process_time() - began < 5
     assert len(passed) == size + 1

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from model_server import create_app
 from model_server.settings import Settings
+from servers import kept_port
 
 pytestmark = [
     pytest.mark.integration,
@@ -29,9 +29,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with kept_port() as port:
+        yield from _served(folder, port)
+
+
+def _served(folder: Path, port: int) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -159,3 +161,10 @@ def test_from_training_to_predictions(client: TestClient, tracking_uri: str) -> 
     for name, flavor, number in states:
         assert client.delete(f"/{name}/{flavor}/{number}").status_code == 200
     assert client.get("/loaded_models").json() == []
+
+
+@pytest.mark.parametrize("name", ["%2e%2e", "a:b", "%20", "nothing"])
+@pytest.mark.parametrize("reference", ["1", "champion"])
+def test_no_name_is_another_ones_mistake(client: TestClient, name: str, reference: str) -> None:
+    answer = client.get(f"/load_model/{name}/pyfunc/{reference}")
+    assert (answer.status_code, "MLflow has no model" in answer.text) == (404, True), answer.text

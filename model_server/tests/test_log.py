@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from model_server.log import JsonFormatter, Observed, configure_logging
+from model_server.log import JsonFormatter, Observed
 
 
 def test_a_record_is_one_line_of_json() -> None:
@@ -32,14 +32,6 @@ def test_an_exception_is_part_of_its_line() -> None:
         information = (type(error), error, error.__traceback__)
     line = JsonFormatter().format(logging.makeLogRecord({"exc_info": information}))
     assert "ValueError: invalid literal" in json.loads(line)["exception"]
-
-
-def test_a_request_has_no_second_line_of_the_web_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
-    for logger, name in ((root, "handlers"), (root, "level"), (access, "disabled")):
-        monkeypatch.setattr(logger, name, getattr(logger, name))
-    configure_logging()
-    assert access.disabled
 
 
 def _ask(

@@ -1,11 +1,14 @@
 """The counters, in processes as the workers of a service are."""
 
 import os
+import struct
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,8 +24,9 @@ _WORKER = """
     metrics.share_metrics(Path(sys.argv[1]), os.getppid())
     metrics.count_worker()
     metrics.count_request("/{a}/{b}", 200)
-    metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003)
-    metrics.count_prediction("rose", 2, "pyfunc", 1, 0.003)
+    metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003, call_rows=8)
+    metrics.count_prediction("rose", 1, "pyfunc", 3, 0.003, call_rows=0)
+    metrics.count_prediction("rose", 2, "pyfunc", 1, 0.003, call_rows=1)
     metrics.count_crash()
     try:
         with metrics.counted_load():
@@ -33,7 +37,7 @@ _WORKER = """
         pass
     print("counted", flush=True)
     for line in sys.stdin:
-        print(metrics.exposition([]).decode(), end="", flush=True)
+        print(metrics.exposition(None).decode(), end="", flush=True)
         print("END", flush=True)
 """
 
@@ -83,7 +87,23 @@ def _loaded(version: int, memory: int | None = 5) -> LoadedModel:
         since=datetime.now(UTC),
         memory_bytes=memory,
         problem=None,
+        runner="0123456789abcdef-p",
     )
+
+
+# A file of counters without any: how many bytes of it are used, and four more.
+_NOTHING = struct.pack("=ii", 8, 0)
+
+# Labels are told by their alphabet: flavor, model, version.
+_ROSE = ("pyfunc", "rose", "1")
+
+
+def _batches(samples: dict[tuple[str, ...], float]) -> dict[int, float]:
+    """How many calls had so many rows or less."""
+    return {
+        most: samples["model_server_batch_rows_bucket", "pyfunc", f"{most}.0", "rose", "1"]
+        for most in (4, 8, 16, 4096)
+    }
 
 
 def test_workers_count_together_and_what_one_counted_outlives_it(tmp_path: Path) -> None:
@@ -96,6 +116,11 @@ def test_workers_count_together_and_what_one_counted_outlives_it(tmp_path: Path)
             assert samples["model_server_loads_total", "failed"] == 2
             assert samples["model_server_runner_crashes_total",] == 2
             assert samples["model_server_workers",] == 2
+            assert samples["model_server_rows_total", *_ROSE] == 16
+            # Two requests in each call.
+            assert samples["model_server_prediction_seconds_count", *_ROSE] == 4
+            assert _batches(samples) == {4: 0, 8: 2, 16: 2, 4096: 2}
+            assert samples["model_server_batch_rows_sum", *_ROSE] == 16
         first.kill()
         third = Worker(tmp_path)
         third.kill()
@@ -105,6 +130,62 @@ def test_workers_count_together_and_what_one_counted_outlives_it(tmp_path: Path)
     finally:
         first.kill()
         second.kill()
+
+
+def test_a_file_that_a_worker_has_only_begun_is_left_out(tmp_path: Path) -> None:
+    worker = Worker(tmp_path)
+    try:
+        (folder,) = tmp_path.iterdir()
+        with subprocess.Popen(["true"]) as ended:
+            ended.wait()
+        for process in (os.getpid(), ended.pid):
+            for kind in ("counter", "histogram", "gauge_livesum"):
+                (folder / f"{kind}_{process}.db").touch()
+        assert worker.samples()["model_server_rows_total", *_ROSE] == 8
+    finally:
+        worker.kill()
+
+
+def test_what_ended_workers_have_counted_takes_no_more_files(tmp_path: Path) -> None:
+    last = Worker(tmp_path)
+    try:
+        (folder,) = tmp_path.iterdir()
+        own = set(folder.glob("*.db"))
+        for ended in (1, 2, 3):
+            Worker(tmp_path).kill()
+            for _ in range(2):
+                samples = last.samples()
+                assert samples["model_server_workers",] == 1
+                assert samples["model_server_requests_total", "/{a}/{b}", "200"] == 1 + ended
+                assert samples["model_server_rows_total", *_ROSE] == 8 * (1 + ended)
+                assert samples["model_server_prediction_seconds_count", *_ROSE] == 2 * (1 + ended)
+                assert samples["model_server_batch_rows_sum", *_ROSE] == 8 * (1 + ended)
+                assert _batches(samples) == {4: 0, 8: 1 + ended, 16: 1 + ended, 4096: 1 + ended}
+            others = {file.name for file in set(folder.glob("*.db")) - own}
+            assert others == {"counter_ended.db", "histogram_ended.db"}
+    finally:
+        last.kill()
+
+
+def test_workers_that_are_asked_at_once_may_see_the_same_worker_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    together = Barrier(4)
+
+    def ask(_: int) -> bytes:
+        together.wait(60)
+        return metrics.exposition(None)
+
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for gone in range(50):
+                (tmp_path / f"gauge_livesum_{2**30 + gone}.db").write_bytes(_NOTHING)
+            assert len(list(threads.map(ask, range(4)))) == 4
+            assert list(tmp_path.glob("gauge*")) == []
 
 
 def test_an_earlier_services_counters_are_removed(
@@ -121,9 +202,8 @@ def test_an_earlier_services_counters_are_removed(
 
 
 def test_only_loaded_models_are_told() -> None:
-    metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003)
-    metrics.count_prediction("rose", 2, "pyfunc", 1, 0.003)
-    # Labels are told by their alphabet: flavor, model, version.
+    metrics.count_prediction("rose", 1, "pyfunc", 5, 0.003, call_rows=5)
+    metrics.count_prediction("rose", 2, "pyfunc", 1, 0.003, call_rows=1)
     rows = ("model_server_rows_total", "pyfunc", "rose")
     everything = _samples(metrics.exposition(None).decode())
     assert everything[*rows, "1"] >= 5

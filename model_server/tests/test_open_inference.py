@@ -51,7 +51,7 @@ def _tensor(rows: Any, datatype: str = "FP64", *, binary: bool = False) -> Any:
     return tensor
 
 
-def test_a_client_finds_its_way(client: Any) -> None:
+def test_a_client_finds_its_way(client: Any, url: str) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.get_server_metadata() == {
@@ -59,6 +59,9 @@ def test_a_client_finds_its_way(client: Any) -> None:
         "version": __version__,
         "extensions": ["model_repository", "binary_tensor_data"],
     }
+    # The protocol's text has one address, its OpenAPI document the other.
+    answers = [httpx2.get(f"{url}{path}", timeout=60).json() for path in ("/v2", "/v2/")]
+    assert answers[0] == answers[1]
     assert client.is_model_ready(NAME)
     assert client.is_model_ready(NAME, "1")
     assert not client.is_model_ready("rose")
@@ -68,7 +71,7 @@ def test_a_client_finds_its_way(client: Any) -> None:
         "name": NAME,
         "version": "1",
         "state": "READY",
-        "reason": "ready",
+        "reason": "",
         "model_flavor": "pyfunc",
     }
 
@@ -169,7 +172,7 @@ def test_a_wrong_request_is_an_error_of_the_client(client: Any, url: str) -> Non
 def test_a_wrong_request_is_told_in_a_sentence(
     url: str, path: str, content: bytes, headers: dict[str, str], status: int, sentence: str
 ) -> None:
-    answer = httpx2.post(f"{url}{path}", content=content, headers=headers)
+    answer = httpx2.post(f"{url}{path}", content=content, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     (told,) = answer.json().items()
     assert told[0] == "error"
@@ -182,7 +185,7 @@ def test_a_model_may_be_called_v2(url: str, client: Any, trained: TrainedModels)
     loaded = httpx2.post(load, json={"parameters": {"version": "1"}}, timeout=60)
     assert loaded.json()["state"] == "READY"
     expected = trained.predictions["linear"]
-    native = httpx2.post(f"{url}/v2/1", json={"data": trained.rows})
+    native = httpx2.post(f"{url}/v2/1", json={"data": trained.rows}, timeout=60)
     assert native.json()["prediction"] == pytest.approx(expected)
     answer = client.infer("v2", [_tensor(trained.rows)]).as_numpy("predict")
     np.testing.assert_allclose(answer[:, 0], expected)

@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +42,7 @@ def spec(tmp_path: Path) -> Callable[[str], RunnerSpec]:
 
 
 def _until(look: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not (found := look()):
         assert time.monotonic() < end, "it does not become so"
         time.sleep(0.01)
@@ -113,6 +115,48 @@ def test_any_worker_may_stop_it_and_nothing_is_left(
         assert not any((settings.state_dir / "scratch").iterdir())
     # Fine if there is none.
     processes.stop(NAME, 1)
+
+
+START_AND_STOP = """
+import sys, time
+from pathlib import Path
+from model_server.processes import ChildProcesses, RunnerSpec
+from model_server.settings import Settings
+
+settings, name, python = Settings.model_validate_json(sys.argv[1]), *sys.argv[2:]
+processes = ChildProcesses(settings)
+processes.start(name, RunnerSpec(Path(python), Path(python).parent, "sklearn"))
+while processes.ended(name) is None:
+    time.sleep(0.01)
+processes.stop(name, 1)
+print(*(settings.state_dir / "scratch").iterdir())
+"""
+
+
+def test_folders_that_a_model_made_unwritable_go_too(
+    spec: Callable[[str], RunnerSpec], settings: Settings, tmp_path: Path
+) -> None:
+    settings.sockets.mkdir(parents=True)
+    others = tmp_path / "others"
+    others.mkdir(mode=0o555)
+    python = spec(
+        f"mkdir -p a/b; touch a/b/file; ln -s '{others}' a/link; chmod 0 a/b; chmod 555 a ."
+    ).python
+    # Root may write everywhere, unless it has given that up.
+    less = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = subprocess.run(
+        [
+            *(less if os.geteuid() == 0 else []),
+            *(sys.executable, "-c", START_AND_STOP, settings.model_dump_json(), NAME, python),
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    assert others.stat().st_mode & 0o777 == 0o555
 
 
 @pytest.mark.parametrize("end", ["stopped", "ended", "ended where nobody watched"])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_server.runner import open_inference
 from model_server.runner.inputs import InputError, model_input
 from model_server.runner.open_inference import BINARY, describe, read_inference
 from model_server.runner.question import Question
@@ -264,6 +265,7 @@ def test_a_record_is_an_output_for_each_key() -> None:
             {"inputs": [_input(), _input(name="y", shape=[4])]},
             "Input 'y' has 4 rows, but 'x' has 2",
         ),
+        ({"id": 7, "inputs": [_input()]}, "id must be a text, not a whole number"),
         ({"inputs": [_input()], "parameters": []}, "The request: parameters must be an object"),
         (
             {"inputs": [_input(parameters={"content_type": "hg"})]},
@@ -292,13 +294,33 @@ def test_a_record_is_an_output_for_each_key() -> None:
             {"inputs": [_input()], "outputs": [{"name": "predict"}, {"name": "predict_proba"}]},
             "one in a request",
         ),
+        ({"inputs": [_input()], "outputs": 2 * [{"name": "n"}]}, "An output is asked for twice"),
         ({"inputs": [_input()], "outputs": {}}, "outputs must be a list"),
+        (
+            {"inputs": [_input(shape=[3000, *6 * [1]], data=3000 * [1])]},
+            "makes 18000 lists of 3000 values; leave out sizes of 1",
+        ),
         ({"inputs": [_input()], "outputs": [1]}, "Every output needs a name"),
     ],
 )
 def test_a_wrong_request_is_explained(request_: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         _read(request_)
+
+
+def test_few_bytes_do_not_become_many_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = _read({"inputs": [_input(shape=[1, 1, 1, 1, 1, 1, 1, 4])]}).data
+    assert row == [[[[[[[1, 2, 3, 4]]]]]]]
+    rows = _input(shape=[2000, 1], data=2000 * [1])
+    columns = [rows | {"name": name} for name in "abc"]
+    monkeypatch.setattr(open_inference, "_MOST_LISTS", 1999)
+    with pytest.raises(InputError, match="make 2000 lists, more than 1999"):
+        _read({"inputs": [rows]})
+    # These are a value in each record.
+    assert len(_read({"inputs": columns}).data) == 2000
+    monkeypatch.setattr(open_inference, "_MOST_RECORDS", 1999)
+    with pytest.raises(InputError, match="2000 rows of columns are too many; send 1999"):
+        _read({"inputs": columns})
 
 
 @pytest.mark.parametrize(

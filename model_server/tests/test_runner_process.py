@@ -19,6 +19,8 @@ from model_server.runner.process import RunnerProcess, inherited_listener, trace
 pytestmark = pytest.mark.filterwarnings("default")
 
 ROW = b'{"data": [[21]]}'
+_ASKED = 2**20
+"""Bytes; no question here has more."""
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def _frames(connection: socket.socket, count: int) -> list[tuple[bytes, bytes]]:
 def _prediction(frame: tuple[bytes, bytes]) -> Any:
     kind, content = frame
     assert kind == wire.ANSWER, content
-    return json.loads(wire.unpack_answer(content)[1])["prediction"]
+    return json.loads(wire.unpack_answer(content, _ASKED)[2])["prediction"]
 
 
 def _refusal(frame: tuple[bytes, bytes]) -> Any:
@@ -116,7 +118,31 @@ def test_what_was_asked_before_the_end_is_answered_in_order(
             "message": "The model failed: RuntimeError: this number is too much",
         }
         assert _prediction(last)["doubled"] == [[4], [6]]
-        assert wire.unpack_answer(last[1])[0] == 2
+        assert wire.unpack_answer(last[1], _ASKED)[0] == 2
+
+
+def test_the_rows_of_a_call_are_told_with_one_of_its_answers(
+    listener: socket.socket, address: Path, trained: TrainedModels
+) -> None:
+    """Whichever worker gets that answer; what is refused was no part of a call."""
+    rows = wire.pack(wire.PREDICT, json.dumps({"data": trained.rows}).encode())
+    with _connected(address) as one, _connected(address) as other:
+        # The first eight are the trial, each alone; the others go together.
+        one.sendall(10 * rows + wire.pack(wire.PREDICT, b"["))
+        other.sendall(2 * rows)
+        with _loaded(listener, trained.folder / "tree", "sklearn") as thread:
+            thread.start()
+            answers = [_frames(one, 11), _frames(other, 2)]
+        told = [
+            wire.unpack_answer(content, _ASKED)[:2]
+            for frames in answers
+            for kind, content in frames
+            if kind == wire.ANSWER
+        ]
+    assert [own for own, _ in told] == 12 * [3]
+    assert sum(call for _, call in told) == 12 * 3
+    (joined,) = (call for own, call in told if call not in {0, own})
+    assert joined == 4 * 3
 
 
 def test_whoever_hangs_up_or_talks_nonsense_harms_nobody(
@@ -135,7 +161,7 @@ def test_whoever_hangs_up_or_talks_nonsense_harms_nobody(
             liar.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert liar.recv(1) == b""
             # Asks and asks, and never reads an answer.
-            deaf.settimeout(20)
+            deaf.settimeout(60)
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 deaf.sendall(1000 * many)
             good.sendall(wire.pack(wire.PREDICT, json.dumps({"data": trained.rows}).encode()))

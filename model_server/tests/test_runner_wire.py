@@ -22,11 +22,22 @@ def test_frames_arrive_as_they_were_sent_however_they_are_cut(
     assert received == frames
 
 
-@given(rows=st.integers(0, 2**32 - 1), body=st.binary())
-def test_an_answer_says_how_many_rows_it_is_about(rows: int, body: bytes) -> None:
-    ((kind, content),) = wire.FrameReader().feed(wire.pack_answer(rows, body))
+_ROWS = st.integers(0, 5000) | st.integers(0, 2**32 - 1)
+
+
+@given(rows=_ROWS, call_rows=st.just(0) | _ROWS, asked=_ROWS, body=st.binary())
+def test_an_answer_says_how_many_rows_it_is_about(
+    rows: int, call_rows: int, asked: int, body: bytes
+) -> None:
+    """And its call, if they can be: more rows than its own bytes, and a caller has lied."""
+    ((kind, content),) = wire.FrameReader().feed(wire.pack_answer(rows, call_rows, body))
     assert kind == wire.ANSWER
-    assert wire.unpack_answer(content) == (rows, body)
+    possible = {0, rows, *range(rows, wire.MOST_JOINED_ROWS + 1)}
+    if rows <= asked and call_rows in possible:
+        assert wire.unpack_answer(content, asked) == (rows, call_rows, body)
+    else:
+        with pytest.raises(wire.FrameError, match=f"{rows} rows in a call of {call_rows}"):
+            wire.unpack_answer(content, asked)
 
 
 @pytest.mark.parametrize("length", [0, wire.LARGEST_CONTENT + 2, 2**32 - 1])
@@ -55,12 +66,12 @@ def test_nobody_sends_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(wire, "LARGEST_CONTENT", 3)
     monkeypatch.setitem(wire.FROM_RUNNER, wire.ANSWER, 2)
     assert wire.pack(wire.PREDICT, b"abc") == b"\0\0\0\4Pabc"
-    assert wire.pack(wire.ANSWER, b"ab") == b"\0\0\0\3+ab"
+    assert wire.pack(wire.ANSWER, b"ab") == b"\0\0\0\3=ab"
     for kind, content in ((wire.PREDICT, b"abcd"), (wire.ANSWER, b"abc")):
         with pytest.raises(wire.FrameError, match=f"{len(content)} bytes is larger"):
             wire.pack(kind, content)
 
 
 def test_an_answer_without_its_rows_is_none() -> None:
-    with pytest.raises(wire.FrameError, match="four bytes"):
-        wire.unpack_answer(b"abc")
+    with pytest.raises(wire.FrameError, match="eight bytes"):
+        wire.unpack_answer(b"1234567", 100)

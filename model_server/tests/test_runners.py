@@ -2,15 +2,19 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conftest import TrainedModels
+from hosts import eventually
+from model_server import runners
 from model_server.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -64,7 +68,8 @@ def _run(use: Callable[[], Awaitable[Any]], runner: Runner) -> Any:
 
 
 def _is_gone(process: int) -> bool:
-    for _ in range(100):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         try:
             state = Path(f"/proc/{process}/stat").read_text()
         except OSError:
@@ -114,13 +119,17 @@ def test_one_life_of_a_fragile_model(
     }
 
     async def ask_all() -> None:
-        answers = await asyncio.gather(
-            *(worker.predict(_body(n)) for n in range(20) for worker in (runner, other))
-        )
-        assert {rows for rows, _ in answers} == {1}
-        doubled = [json.loads(answer)["prediction"]["doubled"] for _, answer in answers]
-        assert doubled == [[[2 * n]] for n in range(20) for _ in range(2)]
-        answer = json.loads(answers[0][1])["prediction"]
+        # The second time, the answers before have come together, and the questions go together.
+        for _ in range(2):
+            answers = await asyncio.gather(
+                *(worker.predict(_body(n)) for n in range(20) for worker in (runner, other))
+            )
+            assert {rows for rows, _, _ in answers} == {1}
+            # Whoever's answers tell it: each call is told once.
+            assert sum(call_rows for _, call_rows, _ in answers) == 40
+            doubled = [json.loads(answer)["prediction"]["doubled"] for _, _, answer in answers]
+            assert doubled == [[[2 * n]] for n in range(20) for _ in range(2)]
+        answer = json.loads(answers[0][2])["prediction"]
         assert answer["not a number"] is None
         assert "hidden" not in str(answer["environment"])
         assert answer["environment"]["OMP_NUM_THREADS"] == "1"
@@ -129,7 +138,7 @@ def test_one_life_of_a_fragile_model(
         with pytest.raises(ModelFailedError, match="this number is too much"):
             await runner.predict(_body(-2))
         # Whoever was refused or failed spoils it for nobody.
-        assert json.loads((await other.predict(_body(1)))[1])["prediction"]["doubled"] == [[2]]
+        assert json.loads((await other.predict(_body(1)))[2])["prediction"]["doubled"] == [[2]]
         with pytest.raises(RunnerEndedError, match="ended before it answered"):
             await runner.predict(_body(-9))
         assert await asyncio.to_thread(_is_gone, first)
@@ -140,7 +149,8 @@ def test_one_life_of_a_fragile_model(
 
     asyncio.run(ask_all())
     assert runner.memory() is None
-    assert runner.ended() == other.ended() == "SIGKILL"
+    # Whoever has started it may see its end a little later.
+    eventually(lambda: [runner.ended(), other.ended()], wanted=["SIGKILL", "SIGKILL"])
     journal = capfd.readouterr().err
     # Where it failed, and not with what.
     assert "fragile.py" in journal
@@ -161,6 +171,64 @@ def test_stopping_ends_the_process_even_when_it_hangs(
     _runner(settings, "../../etc/passwd", "pyfunc").stop()
     assert _is_gone(process)
     assert not any((settings.state_dir / "scratch").iterdir())
+
+
+def test_each_caller_waits_for_his_own_time(
+    runner: Runner, settings: Settings, trained: TrainedModels
+) -> None:
+    _start(runner, trained.folder / "fragile")
+    impatient = _runner(
+        settings.model_copy(update={"predict_timeout_seconds": 0.4}), "../../etc/passwd", "pyfunc"
+    )
+
+    async def waits() -> float:
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceededError):
+            await impatient.predict(_body(-1))
+        return time.monotonic() - began
+
+    async def one_after_the_other() -> list[float]:
+        first = asyncio.create_task(waits())
+        await asyncio.sleep(0.2)
+        return list(await asyncio.gather(first, waits()))
+
+    assert min(_run(one_after_the_other, impatient)) > 0.39
+
+
+def test_one_timer_is_enough_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(runners, "time", clock)
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        ours, others = socket.socketpair()
+        with others:
+            _, connection = await loop.create_unix_connection(
+                lambda: runners._Connection(10), sock=ours
+            )
+            first = connection.ask(wire.pack(wire.PREDICT))
+            clock.now = 4
+            second = connection.ask(wire.pack(wire.PREDICT))
+            clock.now = 10
+            connection._give_up()
+            assert isinstance(first.exception(), TimeoutError)
+            assert not second.done()
+            assert connection._timer is not None
+            assert connection._timer.when() - loop.time() <= 4
+            others.sendall(2 * wire.pack(wire.DESCRIPTION, b"{}"))
+            assert await second == (wire.DESCRIPTION, b"{}")
+            clock.now = 12
+            third = connection.ask(wire.pack(wire.PREDICT))
+            clock.now = 14
+            connection._give_up()
+            assert not third.done()
+            assert connection._timer.when() - loop.time() <= 8
+        with pytest.raises(ConnectionResetError):
+            await third
+        assert connection._timer is None
+
+    asyncio.run(ask())
 
 
 def _is_gone_now(process: int) -> bool:
@@ -195,22 +263,30 @@ def test_a_model_that_does_not_load_says_why(
 
 
 @pytest.mark.parametrize(
-    ("script", "error", "sentence"),
+    ("script", "seconds", "error", "sentence"),
     [
-        ("exit 7", ModelNotLoadableError, "exit status 7"),
-        ("kill -SEGV $$", ModelNotLoadableError, "SIGSEGV"),
-        ("kill -35 $$", ModelNotLoadableError, "signal 35"),
-        ("sleep 30", DeadlineExceededError, "took longer"),
+        ("exit 7", 60, ModelNotLoadableError, "exit status 7"),
+        ("kill -SEGV $$", 60, ModelNotLoadableError, "SIGSEGV"),
+        ("kill -35 $$", 60, ModelNotLoadableError, "signal 35"),
+        ("sleep 30", 0.7, DeadlineExceededError, "took longer"),
     ],
 )
 def test_a_process_that_ends_or_hangs_while_it_starts(
-    runner: Runner, tmp_path: Path, script: str, error: type[Exception], sentence: str
+    runner: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    seconds: float,
+    error: type[Exception],
+    sentence: str,
 ) -> None:
+    # The thread that sees why it ended may be late.
+    monkeypatch.setattr(runners, "_GLANCE_SECONDS", min(seconds, 10))
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nexec 2>/dev/null\n{script}\n")
     python.chmod(0o755)
     with pytest.raises(error, match=sentence):
-        runner.start(python, tmp_path, time.monotonic() + 0.7)
+        runner.start(python, tmp_path, time.monotonic() + seconds)
 
 
 def test_an_interpreter_that_is_missing(runner: Runner, tmp_path: Path) -> None:
@@ -268,7 +344,7 @@ _NO_FRAMES = {
     [
         *_NO_FRAMES.values(),
         _too_large(wire.DESCRIPTION),
-        wire.pack_answer(1, b"{}"),
+        wire.pack_answer(1, 1, b"{}"),
         _says(wire.DESCRIPTION, {}),
         _says(wire.DESCRIPTION, _DESCRIBED | {"inputs": [{"name": 5}]}),
     ],
@@ -282,7 +358,15 @@ def test_nonsense_while_loading_is_a_model_that_does_not_load(
 
 @pytest.mark.parametrize(
     "said",
-    [*_NO_FRAMES.values(), _too_large(wire.ANSWER), wire.pack(wire.ANSWER, b"abc"), _LOADED],
+    [
+        *_NO_FRAMES.values(),
+        _too_large(wire.ANSWER),
+        wire.pack(wire.ANSWER, b"abc"),
+        # What is counted: more rows than were asked, in a call of more than there can be.
+        wire.pack_answer(1000, 0, b"{}"),
+        wire.pack_answer(1, wire.MOST_JOINED_ROWS + 1, b"{}"),
+        _LOADED,
+    ],
 )
 def test_nonsense_for_an_answer_is_a_model_that_failed(
     runner: Runner, tmp_path: Path, said: bytes

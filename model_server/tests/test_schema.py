@@ -1,6 +1,7 @@
 """The API as its description has it, asked with whatever that allows and with what it does not."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import httpx2
@@ -16,14 +17,15 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from conftest import make_settings
-from light_models import Shelf, write_uv
+from conftest import TrainedModels, make_settings
 from model_server import create_app
 from registry_server import RegistryServer
 from servers import served
 
 _EXAMPLES = 5
 """Of each operation, of what the description allows and of what it does not."""
+_PREDICTIONS = 40
+"""Of each operation that predicts, asked of a real model."""
 _CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -33,19 +35,39 @@ _CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.BaseSchema]:
-    folder = tmp_path_factory.mktemp("schema")
+def schema(
+    tmp_path_factory: pytest.TempPathFactory, trained: TrainedModels
+) -> Iterator[schemathesis.BaseSchema]:
+    """Of a server with a model of named columns, and a later version that takes arrays."""
     registry = RegistryServer()
-    shelf = Shelf(registry, folder / "shelf")
     # The name, version and alias that the description has as examples.
-    shelf.put("iris", 1, "one")
-    shelf.point("iris", "champion", 1)
-    light = make_settings(folder, registry.url).model_copy(update={"uv": str(write_uv(folder))})
-    with served(create_app(light)) as url:
-        for flavor in ("pyfunc", "sklearn"):
-            assert httpx2.get(f"{url}/load_model/iris/{flavor}/champion").status_code == 200
+    registry.versions = {
+        ("iris", 1): trained.folder / "logistic",
+        ("iris", 2): trained.folder / "tree",
+    }
+    registry.aliases = {("iris", "champion"): 1}
+    with served(create_app(make_settings(tmp_path_factory.mktemp("schema"), registry.url))) as url:
+        for flavor, reference in product(("pyfunc", "sklearn"), ("champion", "2")):
+            path = f"/load_model/iris/{flavor}/{reference}"
+            assert httpx2.get(f"{url}{path}", timeout=60).status_code == 200
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
     registry.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/{model_name}/{model_version_or_alias}", {"model_version_or_alias": "champion"}),
+        ("/{model_name}/{model_version_or_alias}", {"model_version_or_alias": "2"}),
+        ("/v2/models/{model_name}/versions/{model_version}/infer", {"model_version": "1"}),
+        ("/v2/models/{model_name}/infer", {}),
+    ],
+)
+def test_every_prediction_of_a_real_model_gets_what_the_description_says(
+    schema: schemathesis.BaseSchema, path: str, named: dict[str, str]
+) -> None:
+    named = {"model_name": "iris", **named}
+    _ask_often(schema[path]["POST"].as_strategy(path_parameters=named), _PREDICTIONS)
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
@@ -67,10 +89,10 @@ def _operation(result: Any) -> Any:
     return result.ok()
 
 
-def _ask_often(cases: SearchStrategy[schemathesis.Case[Any]]) -> None:
-    @settings(max_examples=_EXAMPLES, suppress_health_check=list(HealthCheck))
+def _ask_often(cases: SearchStrategy[schemathesis.Case[Any]], examples: int = _EXAMPLES) -> None:
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(cases)
     def ask(case: schemathesis.Case[Any]) -> None:
-        case.call_and_validate(checks=_CHECKS, timeout=30)
+        case.call_and_validate(checks=_CHECKS, timeout=90)
 
     ask()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
+from model_server.errors import RunnerUnavailableError
 from model_server.processes import RunnerSpec
 from model_server.settings import Settings
 from model_server.units import (
@@ -31,7 +31,7 @@ def helper(path: Path, answer: str) -> Iterator[list[str]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
-        listener.settimeout(10)
+        listener.settimeout(60)
 
         def serve() -> None:
             connection, _ = listener.accept()
@@ -42,7 +42,7 @@ def helper(path: Path, answer: str) -> Iterator[list[str]]:
         thread = threading.Thread(target=serve)
         thread.start()
         yield asked
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -78,10 +78,10 @@ def test_start_names_the_runner_and_its_folders_only(
 def test_a_start_that_is_refused_says_why(
     units: UnitProcesses, spec: RunnerSpec, tmp_path: Path
 ) -> None:
-    """The caller of a load learns what the helper said."""
+    """The caller of a load learns what the helper said, and that it is not the model's fault."""
     with (
         helper(tmp_path / "helper.sock", "no systemd did not start the runner: broken\n"),
-        pytest.raises(ModelNotLoadableError, match=r"cannot be changed: systemd did .* broken"),
+        pytest.raises(RunnerUnavailableError, match=r"cannot be changed: systemd did .* broken"),
     ):
         units.start(NAME, spec)
 
@@ -116,9 +116,35 @@ def test_stop(units: UnitProcesses, tmp_path: Path, answer: str, error: str | No
         if error is None:
             units.stop(NAME, 1)
         else:
-            with pytest.raises(ModelNotLoadableError, match=error):
+            with pytest.raises(RunnerUnavailableError, match=error):
                 units.stop(NAME, 1)
     assert asked == [f"stop {NAME}\n"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "answer", "lines"),
+    [
+        ("exit status 3", "ok\nfirst\nlast\n", ["first", "last"]),
+        ("SIGSEGV", "ok\n\n", []),
+        # A helper of before the upgrade.
+        ("SIGSEGV", "no This is no request.\n", []),
+    ],
+)
+def test_the_helper_tells_what_a_failed_runner_wrote(
+    units: UnitProcesses,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+    answer: str,
+    lines: list[str],
+) -> None:
+    """The server's account cannot read the journal."""
+    # systemd knows nothing of it here: nobody is asked.
+    assert units.last_lines(NAME) == []
+    monkeypatch.setattr(units, "ended", lambda _: reason)
+    with helper(tmp_path / "helper.sock", answer) as asked:
+        assert units.last_lines(NAME) == lines
+    assert asked == [f"lines {NAME}\n"]
 
 
 @pytest.mark.parametrize(

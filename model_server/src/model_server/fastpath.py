@@ -5,13 +5,13 @@ so that every refusal has one source. What this answers, it answers as the appli
 """
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model_server.bodies import receive_body
+from model_server.bodies import LARGE, Room, Wanted, read_wanted, receive_body, send_pieces
+from model_server.errors import ServerBusyError
 from model_server.serving import ModelServing
 
 if TYPE_CHECKING:
@@ -19,67 +19,75 @@ if TYPE_CHECKING:
 
 _ROUTE = "/{model_name}/{model_version_or_alias}"
 
+_SHORT = 2**16
+"""Bytes of a body that is sent together with its head; a larger one would cost a copy."""
 _SEGMENTS = 3
 _SEGMENT = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
 _JSON = b"application/json"
-_LIST = ord("[")
 _CHANGES_THE_BODY = b"content-encoding"
-
-
-class _Body(msgspec.Struct, forbid_unknown_fields=True):
-    """What this reads of a body; the rows are the runner's to read."""
-
-    data: msgspec.Raw
-    predict_function: Literal["predict", "predict_proba"] = "predict"
-    model_flavor: Literal["pyfunc", "sklearn"] = "pyfunc"
-    dtype: str | None = None
-    params: dict[str, msgspec.Raw] | None = None
-
-
-_DECODER = msgspec.json.Decoder(_Body)
 
 
 class FastPath:
     """ASGI middleware of a FastAPI application: answers usual predictions itself."""
 
-    def __init__(self, app: ASGIApp, serving: ModelServing, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, serving: ModelServing, max_body_bytes: int, room: Room
+    ) -> None:
         self._app = app
         self._serving = serving
         self._max_body_bytes = max_body_bytes
+        self._room = room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, or let the application do it."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope.get("root_path"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        segments = scope["path"].split("/")
-        if (
-            len(segments) != _SEGMENTS
-            or not all(map(_SEGMENT.fullmatch, segments[1:]))
-            or not self._has_usual_headers(scope)
-        ):
-            await self._app(scope, receive, send)
-            return
-        body, last = await receive_body(receive, self._max_body_bytes)
-        wanted = self._read(body) if last["type"] == "http.request" else None
-        if wanted is None:
-            await self._app(scope, _again(body, last, receive), send)
-            return
-        _, name, reference = segments
-        asked: Asked = scope["asked"]
-        asked.route, asked.model, asked.flavor = _ROUTE, name, wanted.model_flavor
         try:
-            predicted = await self._serving.predict(name, wanted.model_flavor, reference, body)
-        except Exception as error:  # noqa: BLE001  the application tells it
-            await _tell(error, scope, receive, send)
-            return
-        asked.version, asked.rows = predicted.version, predicted.rows
-        headers = [
-            (b"content-length", b"%d" % len(predicted.body)),
-            (b"content-type", _JSON),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": predicted.body})
+            segments = scope["path"].split("/")
+            if (
+                scope["method"] != "POST"
+                or scope.get("root_path")
+                or len(segments) != _SEGMENTS
+                or not all(map(_SEGMENT.fullmatch, segments[1:]))
+                or not self._has_usual_headers(scope)
+            ):
+                await self._app(scope, receive, send)
+                return
+            try:
+                body, last = await receive_body(receive, self._max_body_bytes, self._room, scope)
+            except ServerBusyError as error:
+                scope["asked"].route = _ROUTE
+                await _tell(error, scope, receive, send)
+                return
+            wanted = self._read(body) if last["type"] == "http.request" else None
+            if wanted is None:
+                await self._app(scope, _again(body, last, receive), send)
+                return
+            _, name, reference = segments
+            asked: Asked = scope["asked"]
+            asked.route, asked.model, asked.flavor = _ROUTE, name, wanted.model_flavor
+            try:
+                predicted = await self._serving.predict(name, wanted.model_flavor, reference, body)
+                size = len(predicted.body)
+                if size > LARGE:
+                    self._room.take(scope, size)
+            except Exception as error:  # noqa: BLE001  the application tells it
+                await _tell(error, scope, receive, send)
+                return
+            asked.version, asked.rows = predicted.version, predicted.rows
+            asked.call_rows = predicted.call_rows
+            headers = [(b"content-length", b"%d" % size), (b"content-type", _JSON)]
+            if size <= _SHORT and (hold_head := scope.get("hold_head")):
+                hold_head()
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            end = predicted.body
+            if size > LARGE:
+                await send_pieces(send, end)
+                end = b""
+            await send({"type": "http.response.body", "body": end})
+        finally:
+            self._room.free(scope)
 
     def _has_usual_headers(self, scope: Scope) -> bool:
         for name, value in scope["headers"]:
@@ -93,26 +101,15 @@ class FastPath:
                 return False
         return True
 
-    def _read(self, body: bytes) -> _Body | None:
+    def _read(self, body: bytes) -> Wanted | None:
         """What is wanted, where the application would certainly find nothing wrong with it."""
-        if len(body) > self._max_body_bytes:
-            return None
         # Rows are passed over unread; a text in them could be no text.
-        if b"\\u" in body or not (body.isascii() or _is_utf8(body)):
+        if len(body) > self._max_body_bytes or b"\\u" in body:
             return None
         try:
-            wanted = _DECODER.decode(body)
-        except (msgspec.DecodeError, RecursionError):
+            return read_wanted(body)
+        except ValueError:
             return None
-        return wanted if memoryview(wanted.data)[0] == _LIST else None
-
-
-def _is_utf8(body: bytes) -> bool:
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _again(body: bytes, last: Message, receive: Receive) -> Receive:

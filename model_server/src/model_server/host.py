@@ -6,7 +6,6 @@ socket, so that all workers of the host act alike. Records change under the lock
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -28,7 +27,10 @@ from model_server.errors import (
     DeadlineExceededError,
     MemoryBudgetError,
     ModelNotLoadableError,
+    ModelNotReadyError,
     ModelServerError,
+    name_of,
+    named,
 )
 from model_server.locks import exclusive, is_held, is_shared, shared
 from model_server.processes import Processes
@@ -42,6 +44,8 @@ _MIB = 2**20
 _STARTS = Backoff(first=1.0, longest=60.0)
 """A start costs this host's time only, and callers wait for it."""
 _STABLE_SECONDS = 60.0
+_REMEMBERED_SECONDS = 60.0
+"""How long after its pause a failure counts that nobody has asked to mend."""
 _REASON_SECONDS = 0.2
 _PAUSE_SECONDS = 0.02
 _PYTHON_OF_MODEL = re.compile(r"^\s+python_version:\s*['\"]?(\d+\.\d+)", re.MULTILINE)
@@ -49,7 +53,10 @@ _PYTHON_OF_MODEL = re.compile(r"^\s+python_version:\s*['\"]?(\d+\.\d+)", re.MULT
 
 @dataclass(frozen=True)
 class RunnerRecord:
-    """What the workers of this host know about one runner; times are seconds of the epoch."""
+    """What the workers of this host know about one runner.
+
+    Times are those of `time.monotonic()`: one clock for all processes of a host, which nobody sets.
+    """
 
     name: str
     version: int
@@ -65,6 +72,8 @@ class RunnerRecord:
     failures: int = 0
     retry_at: float = 0.0
     problem: str | None = None
+    error: str | None = None
+    """By its name in `errors`, what the start failed with; None for a crash or a bug."""
 
     @property
     def model(self) -> ModelVersion:
@@ -75,6 +84,23 @@ class RunnerRecord:
     def model_and_flavor(self) -> tuple[ModelVersion, str]:
         """What one host runs once at most."""
         return self.model, self.flavor
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it is too early for another try."""
+        return self.pause_left() > 0
+
+    def has_failed(self) -> bool:
+        """Whether it does not run because its start failed, or because it crashed."""
+        return self.started is None and self.failures > 0
+
+    def pause_left(self) -> float:
+        """In how many seconds it may be tried again."""
+        return self.retry_at - time.monotonic()
+
+    def is_remembered(self) -> bool:
+        """Whether it is kept for its failure, so that callers are told and pauses grow."""
+        return self.has_failed() and self.pause_left() > -_REMEMBERED_SECONDS
 
 
 class ModelHost:
@@ -134,22 +160,33 @@ class ModelHost:
         found = (_read(path) for path in sorted(self._folder.glob("*.json")))
         return [record for record in found if record is not None]
 
+    def refuse_failed(self, model: ModelVersion, flavor: str) -> None:
+        """Raise what its last start failed with, until it is time to try again."""
+        record = self.record(model, flavor)
+        if record is None or not record.has_failed() or not record.is_paused:
+            return
+        error = (
+            ModelNotReadyError(f"The process does not run for now. {record.problem}")
+            if record.error is None
+            else named(record.error, str(record.problem))
+        )
+        error.retry_after = record.pause_left()
+        raise error
+
     def memory(self, model: ModelVersion, flavor: str) -> int | None:
         """Bytes that a running runner uses."""
         return self.runner(model, flavor).memory()
 
-    def touch(self, model: ModelVersion, flavor: str) -> None:
-        """Note that somebody uses it now."""
-        used = self._path(model, flavor, "used")
+    def touch(self, model: ModelVersion, flavor: str, *, answered: float | None = None) -> None:
+        """Note that somebody uses it now and, by `time.monotonic`, when it has answered."""
         with contextlib.suppress(OSError):
-            used.touch()
+            _mark(self._path(model, flavor, "used"), time.monotonic())
+            if answered is not None:
+                _mark(self._path(model, flavor, "answered"), answered)
 
     def last_used(self, model: ModelVersion, flavor: str) -> float:
-        """When somebody used it last, in seconds of the epoch."""
-        try:
-            return self._path(model, flavor, "used").stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+        """When somebody used it last, by `time.monotonic`."""
+        return self._touched(model, flavor, "used")
 
     def start(self, model: ModelVersion, flavor: str, deadline: float, *, asked: bool) -> None:
         """Have it running: fetch its files, build its environment, start and warm its process.
@@ -169,18 +206,21 @@ class ModelHost:
             self._write(record)
             self._make_room(record, others_may_go=asked)
             environment = self._start(model, flavor, deadline)
-            self.touch(model, flavor)
+            self.touch(model, flavor, answered=time.monotonic())
             record = replace(
                 record,
-                started=time.time(),
+                started=time.monotonic(),
                 environment=str(environment),
                 memory=self.memory(model, flavor),
                 resting=False,
                 retry_at=0.0,
                 problem=None,
+                error=None,
             )
-            self._write(record)
-            self._make_room(record, others_may_go=asked)
+            # One after the other: of two that start at once and do not both fit, one is kept.
+            with exclusive(self._folder / "memory.lock", deadline, "the memory of another model"):
+                self._make_room(record, others_may_go=asked)
+                self._write(record)
         except Exception as error:
             # The reason is told and the pause kept, also where nothing can be ended now.
             with contextlib.suppress(ModelServerError, OSError):
@@ -191,6 +231,9 @@ class ModelHost:
             if isinstance(error, MemoryBudgetError):
                 # It would not fit any better in a minute; whoever asks for it tries again.
                 record = replace(record, failures=0, resting=True)
+            elif isinstance(error, ModelServerError):
+                record = replace(record, error=name_of(error))
+                error.retry_after = record.pause_left()
             with contextlib.suppress(OSError):
                 self._write(record)
             raise
@@ -202,7 +245,7 @@ class ModelHost:
         if resting and record is not None:
             self._write(replace(record, started=None, resting=True, failures=0, retry_at=0.0))
             return
-        for kind in ("json", "used"):
+        for kind in ("json", "used", "answered"):
             self._path(model, flavor, kind).unlink(missing_ok=True)
 
     def note_end(
@@ -229,17 +272,31 @@ class ModelHost:
             reason = self._reason(model, flavor)
             record = _failed(record, f"The process of {model} as {flavor} ended ({reason}).")
             self._write(record)
-        metrics.count_crash()
-        _LOG.warning(
-            "runner crashed",
-            extra={
-                "model": str(model),
-                "flavor": flavor,
-                "reason": reason,
-                "failures": record.failures,
-            },
-        )
+        _tell_crash(record, reason)
         return record
+
+    def end_silent(self, model: ModelVersion, flavor: str, seconds: float) -> None:
+        """End a process that has answered no worker for so long, and note why it does not run.
+
+        Needs no lock: while somebody else changes the runner, nothing is done.
+        """
+        since = time.monotonic() - seconds
+        with (
+            contextlib.suppress(DeadlineExceededError),
+            self.changing(model, flavor, 0.0),
+        ):
+            record = self.record(model, flavor)
+            if record is None or record.started is None:
+                return
+            # Noted also when it was started, as it says then that it is loaded.
+            if self._touched(model, flavor, "answered") > since:
+                return
+            reason = f"no answer for {seconds:.0f} seconds"
+            record = _failed(record, f"The process of {model} as {flavor} was ended ({reason}).")
+            # Before it ends, so that its callers are told why.
+            self._write(record)
+            _tell_crash(record, reason)
+            self.runner(model, flavor).kill()
 
     def forget_starts(self) -> None:
         """Begin anew: what ended with the service that was here before has not crashed."""
@@ -288,12 +345,26 @@ class ModelHost:
                     files.rename(stale)
                     shutil.rmtree(stale, ignore_errors=True)
 
-    def environments_in_use(self) -> set[Path]:
-        """The environments of all runners that run, or may any moment."""
-        return {Path(record.environment) for record in self.records() if record.environment}
+    def environments_in_use(self, wanted: set[ModelVersion]) -> set[Path]:
+        """The environments of all runners that run, or may any moment, and of those of `wanted`.
+
+        After a reboot there are no records, and an environment's time is the one of a start long
+        ago.
+        """
+        found = {Path(record.environment) for record in self.records() if record.environment}
+        for model in wanted:
+            with contextlib.suppress(ModelNotLoadableError):
+                found.add(self._environments.environment_for(self.files(model)))
+        return found
+
+    def _touched(self, model: ModelVersion, flavor: str, kind: str) -> float:
+        try:
+            return self._path(model, flavor, kind).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def _is_idle(self, record: RunnerRecord, seconds: float) -> bool:
-        return time.time() - self.last_used(record.model, record.flavor) > seconds
+        return time.monotonic() - self.last_used(record.model, record.flavor) > seconds
 
     def _lives(self, record: RunnerRecord) -> bool:
         return self._processes.is_running(self.runner(record.model, record.flavor).name)
@@ -302,21 +373,31 @@ class ModelHost:
         files = self.files(model)
         with exclusive(files.with_suffix(".lock"), deadline, f"the files of {model}"):
             if not files.exists():
-                self._registry.fetch(model, files)
+                self._fetch(model, files, deadline)
             # Its time tells when it was used last.
             os.utime(files)
-        python = self._environments.python_for(files, deadline)
         try:
+            python = self._environments.python_for(files, deadline)
             self.runner(model, flavor).start(python, files, deadline)
         except ModelNotLoadableError as error:
             saved = _saved_python(files)
             if saved in {None, PYTHON_VERSION}:
                 raise
+            # First, as the lines of uv or of the process come last.
             raise ModelNotLoadableError(
-                f"{error} It was stored by Python {saved} and this server has {PYTHON_VERSION}, "
-                "which may be why."
+                f"It was stored by Python {saved} and this server has {PYTHON_VERSION}, which may "
+                f"be why: {error}"
             ) from error
         return python.parents[1]
+
+    def _fetch(self, model: ModelVersion, files: Path, deadline: float) -> None:
+        try:
+            self._registry.fetch(model, files, deadline)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"The files of {model} could not be fetched from MLflow within "
+                f"{self._settings.load_timeout_seconds:g} seconds."
+            ) from None
 
     def _make_room(self, record: RunnerRecord, *, others_may_go: bool) -> None:
         """Keep the memory budget, now that a runner is there or, by its last size, will be."""
@@ -373,7 +454,7 @@ class ModelHost:
         path = self._path(record.model, record.flavor, "json")
         # Not under one name for all: two workers may write different records of one runner.
         partial = path.with_suffix(f".{secrets.token_hex(4)}")
-        partial.write_text(json.dumps(asdict(record)))
+        partial.write_bytes(msgspec.json.encode(record))
         partial.replace(path)
 
 
@@ -389,19 +470,48 @@ def being_a_worker(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def _mark(file: Path, moment: float) -> None:
+    file.touch()
+    os.utime(file, (moment, moment))
+
+
 def _failed(record: RunnerRecord, problem: str) -> RunnerRecord:
-    now = time.time()
+    now = time.monotonic()
     stable = record.started is not None and now - record.started > _STABLE_SECONDS
     failures = 1 if stable else record.failures + 1
     retry_at = now + _STARTS.pause(failures)
-    return replace(record, started=None, failures=failures, retry_at=retry_at, problem=problem)
+    return replace(
+        record,
+        started=None,
+        failures=failures,
+        retry_at=retry_at,
+        problem=problem,
+        error=None,
+    )
+
+
+def _tell_crash(record: RunnerRecord, reason: str) -> None:
+    metrics.count_crash()
+    _LOG.warning(
+        "runner crashed",
+        extra={
+            "model": str(record.model),
+            "flavor": record.flavor,
+            "reason": reason,
+            "failures": record.failures,
+        },
+    )
 
 
 def _read(path: Path) -> RunnerRecord | None:
-    """A record; None where there is none, it was cut short or another version's."""
+    """A record; None where there is none, it was cut short or another version's.
+
+    What is there and cannot be read now, for want of file descriptors, is an OSError: a runner that
+    is taken for one that never was would be started anew.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=RunnerRecord)
-    except (OSError, ValueError, msgspec.DecodeError):
+    except (FileNotFoundError, ValueError, msgspec.DecodeError):
         return None
 
 

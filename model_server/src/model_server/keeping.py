@@ -29,7 +29,7 @@ from model_server.errors import (
     RegistryUnavailableError,
 )
 from model_server.host import ModelHost, RunnerRecord
-from model_server.known import Known, KnownCatalog
+from model_server.known import KnownCatalog
 from model_server.locks import exclusive
 from model_server.registry import ModelRegistry, ModelVersion
 from model_server.settings import Settings
@@ -117,19 +117,28 @@ class Keeper:
             thread.join(max(deadline - time.monotonic(), 0))
 
     def is_ready(self) -> bool:
-        """Whether everything that shall run here was tried since the service started."""
+        """Whether everything that had to run here was tried once since the service started.
+
+        What is loaded later makes a host no less ready for all that it serves already.
+        """
+        if self._ready_once.exists():
+            return True
         known = self._known.current()
         if known is None or not self._read_once.exists():
             return False
         records = (self._host.record(entry.model, entry.flavor) for entry in known.entries.values())
-        return all(
+        ready = all(
             record is not None and (record.started or record.resting or record.failures)
             for record in records
         )
+        if ready:
+            self._ready_once.touch()
+        return ready
 
     def forget_service(self) -> None:
         """Called by the first worker: what is left is of a service that has ended."""
-        self._read_once.unlink(missing_ok=True)
+        for once in (self._read_once, self._ready_once):
+            once.unlink(missing_ok=True)
         self._host.forget_starts()
 
     def refresh(self) -> Contents:
@@ -149,6 +158,10 @@ class Keeper:
     @property
     def _read_once(self) -> Path:
         return self._settings.sockets / "known.read"
+
+    @property
+    def _ready_once(self) -> Path:
+        return self._settings.sockets / "ready"
 
     def _lead(self) -> None:
         with (self._settings.sockets / "keeper.lock").open("ab") as lock:
@@ -203,7 +216,7 @@ class Keeper:
         finally:
             self._read_once.touch()
 
-    def _is_outdated(self, known: Known) -> bool:
+    def _is_outdated(self, known: Contents) -> bool:
         if not self._read_once.exists() or known.revision != self._catalog.revision():
             return True
         # An alias that was held over until its new version runs here.
@@ -233,6 +246,8 @@ class Keeper:
         known = self._known.current()
         if known is None:
             return
+        # Before anybody asks: what another host loads a moment later does not count.
+        self.is_ready()
         for entry in known.entries.values():
             if self._should_start(entry):
                 self._begin(self._starts, entry.key, partial(self._start, entry))
@@ -240,6 +255,7 @@ class Keeper:
             record
             for record in self._host.records()
             if not _is_wanted(record, known)
+            and not record.is_remembered()
             and not self._host.is_changing(record.model, record.flavor)
         }
         # What was unwanted a moment ago as well: callers that had looked it up have asked by now.
@@ -256,7 +272,7 @@ class Keeper:
             record = self._host.note_end(entry.model, entry.flavor)
         if record is None or record.started is not None or record.resting:
             return False
-        return time.time() >= record.retry_at
+        return not record.is_paused
 
     def _begin(self, threads: ThreadPoolExecutor, key: _Work, function: Callable[[], None]) -> None:
         with self._changing:
@@ -363,7 +379,7 @@ class Keeper:
 
     def _act_upon(self, alias: AliasKey, meant: ModelVersion | ModelServerError) -> None:
         known = self._known.current()
-        entry = known.named(*alias) if known else None
+        entry = known.named(alias) if known else None
         if entry is None:
             return
         if entry.problem is None:
@@ -395,9 +411,10 @@ class Keeper:
         deadline = self._deadline()
         name, flavor, asked_as = alias
         # Another host may have moved it already, while this one keeps to the old version.
-        recorded = self._catalog.contents().named(alias)
-        if recorded is None:
+        entry = self._catalog.contents().named(alias)
+        if entry is None:
             return
+        recorded = entry.model
         try:
             with (
                 self._host.answering(old, flavor),
@@ -454,9 +471,9 @@ class Keeper:
         kept = self._settings.environment_keep_days * _DAY
         # What was taken a moment ago for a start is not known as used yet.
         oldest = time.time() - max(kept, self._settings.load_timeout_seconds)
-        self._environments.remove_unused(self._host.environments_in_use(), oldest)
-        wanted = {entry.model.digest for entry in known.entries.values()}
-        self._host.remove_unused_files(wanted, oldest)
+        wanted = {entry.model for entry in known.entries.values()}
+        self._environments.remove_unused(self._host.environments_in_use(wanted), oldest)
+        self._host.remove_unused_files({model.digest for model in wanted}, oldest)
 
     def _is_ready(self, entry: CatalogEntry) -> bool:
         return self._host.is_running(entry.model, entry.flavor)
@@ -465,6 +482,6 @@ class Keeper:
         return time.monotonic() + self._settings.load_timeout_seconds
 
 
-def _is_wanted(record: RunnerRecord, known: Known) -> bool:
+def _is_wanted(record: RunnerRecord, known: Contents) -> bool:
     entry = known.entries.get((record.name, record.flavor, record.version))
     return entry is not None and entry.model == record.model

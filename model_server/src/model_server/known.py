@@ -5,36 +5,28 @@ the counter tells every worker, for the cost of reading eight bytes of memory, t
 A host that starts while the database is away goes on with the file.
 """
 
-import json
 import mmap
 import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from model_server.catalog import AliasKey, CatalogEntry, Contents, Key
+import msgspec
+
+from model_server.catalog import AliasKey, CatalogEntry, Contents
 from model_server.locks import exclusive
-from model_server.registry import ModelVersion
 
 _COUNT = struct.Struct("=Q")
 _LOCK_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Known:
-    """The models of the catalog as this host serves them."""
+class _File(msgspec.Struct):
+    """The catalog's contents as JSON has them: keys are names only."""
 
     revision: int
-    entries: dict[Key, CatalogEntry]
-    aliases: dict[AliasKey, int]
-
-    def named(self, name: str, flavor: str, alias: str) -> CatalogEntry | None:
-        """What an alias means here."""
-        version = self.aliases.get((name, flavor, alias))
-        return None if version is None else self.entries.get((name, flavor, version))
+    entries: list[CatalogEntry]
+    aliases: list[tuple[AliasKey, int]]
 
 
 class KnownCatalog:
@@ -53,9 +45,9 @@ class KnownCatalog:
         finally:
             os.close(counter)
         # The count and the copy of that count change together, whichever thread is faster.
-        self._copy: tuple[int, Known | None] = (-1, None)
+        self._copy: tuple[int, Contents | None] = (-1, None)
 
-    def current(self) -> Known | None:
+    def current(self) -> Contents | None:
         """What this host knows now; None if it never knew anything."""
         (count,) = _COUNT.unpack_from(self._memory)
         seen, known = self._copy
@@ -77,75 +69,41 @@ class KnownCatalog:
             # Read under the lock, so that nobody puts older contents in the place of newer ones.
             contents = read()
             before = self.current()
-            now = Known(contents.revision, dict(contents.entries), dict(contents.aliases))
+            now = Contents(contents.revision, dict(contents.entries), dict(contents.aliases))
             if before is not None:
                 _hold_over(before, now, is_ready)
             if now != before:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 partial = self._file.with_suffix(".partial")
-                partial.write_text(_to_json(now))
+                partial.write_bytes(_to_json(now))
                 partial.replace(self._file)
                 (count,) = _COUNT.unpack_from(self._memory)
                 _COUNT.pack_into(self._memory, 0, count + 1)
         return contents
 
 
-def _hold_over(before: Known, now: Known, is_ready: Callable[[CatalogEntry], bool]) -> None:
-    for key, version in now.aliases.items():
-        name, flavor, _ = key
-        old, new = before.named(*key), now.entries.get((name, flavor, version))
+def _hold_over(before: Contents, now: Contents, is_ready: Callable[[CatalogEntry], bool]) -> None:
+    for alias in now.aliases:
+        old, new = before.named(alias), now.named(alias)
         if old is None or new is None or old.model == new.model:
             continue
         if not is_ready(new) and is_ready(old):
-            now.aliases[key] = old.model.version
+            now.aliases[alias] = old.model.version
             now.entries.setdefault(old.key, old)
 
 
-def _read(file: Path) -> Known | None:
-    """What the file says; None where there is none, it was cut short or another version's."""
+def _read(file: Path) -> Contents | None:
+    """What the file says; None where there is none, it was cut short or another version's.
+
+    One that cannot be read now, for want of file descriptors, is an OSError.
+    """
     try:
-        return _from_json(file.read_text())
-    except (OSError, ValueError, TypeError, KeyError):
+        said = msgspec.json.decode(file.read_bytes(), type=_File)
+    except (FileNotFoundError, ValueError, msgspec.DecodeError):
         return None
+    return Contents(said.revision, {entry.key: entry for entry in said.entries}, dict(said.aliases))
 
 
-def _from_json(text: str) -> Known:
-    content = json.loads(text)
-    entries = [
-        CatalogEntry(
-            ModelVersion(entry["name"], entry["version"], entry["digest"]),
-            entry["flavor"],
-            entry["asked_as"],
-            datetime.fromisoformat(entry["since"]),
-            entry["aliases"],
-            entry["problem"],
-        )
-        for entry in content["entries"]
-    ]
-    return Known(
-        content["revision"],
-        {entry.key: entry for entry in entries},
-        {(name, flavor, alias): version for name, flavor, alias, version in content["aliases"]},
-    )
-
-
-def _to_json(known: Known) -> str:
-    return json.dumps(
-        {
-            "revision": known.revision,
-            "entries": [
-                {
-                    "name": entry.model.name,
-                    "version": entry.model.version,
-                    "digest": entry.model.digest,
-                    "flavor": entry.flavor,
-                    "asked_as": entry.asked_as,
-                    "since": entry.since.isoformat(),
-                    "problem": entry.problem,
-                    "aliases": entry.aliases,
-                }
-                for entry in known.entries.values()
-            ],
-            "aliases": [[*key, version] for key, version in known.aliases.items()],
-        }
-    )
+def _to_json(known: Contents) -> bytes:
+    file = _File(known.revision, list(known.entries.values()), list(known.aliases.items()))
+    return msgspec.json.encode(file)

@@ -54,12 +54,10 @@ def configure_logging() -> None:
     root.setLevel(logging.INFO)
     # One line for each request that MLflow is asked is too much.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.propagate = True
-    # Each request has a line of ours.
-    logging.getLogger("uvicorn.access").disabled = True
 
 
 @dataclass(slots=True)
@@ -82,6 +80,8 @@ class Asked:
     flavor: str | None = None
     version: int | None = None
     rows: int | None = None
+    call_rows: int = 0
+    """Of the model's call, where this request is the one that tells."""
 
 
 def begin(scope: Scope, user_header: bytes | None) -> Asked:
@@ -104,7 +104,14 @@ def observe(asked: Asked, status: int) -> None:
     route = asked.route or _NO_ROUTE
     metrics.count_request(route, status)
     if asked.model and asked.version and asked.flavor and asked.rows is not None:
-        metrics.count_prediction(asked.model, asked.version, asked.flavor, asked.rows, seconds)
+        metrics.count_prediction(
+            asked.model,
+            asked.version,
+            asked.flavor,
+            asked.rows,
+            seconds,
+            call_rows=asked.call_rows,
+        )
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "level": "info",

@@ -1,19 +1,22 @@
 """What Prometheus reads: one set of counters for all workers of the service.
 
-Each worker counts in a file of its own and any of them tells the sum, that of ended workers
-included (prometheus-client's multiprocess mode). Labels are routes, statuses and loaded models:
+Each worker counts in files of its own and any of them tells the sum (prometheus-client's
+multiprocess mode), with what ended workers have counted, which is kept in files of all of them.
+Labels are routes, statuses and loaded models:
 nothing that a caller can invent.
 """
 
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_server.errors import DeadlineExceededError
+from model_server.locks import exclusive, shared
 from model_server.processes import start_time
 from model_server.schemas import LoadedModel
 
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _PREFIX = "metrics-"
+_LOCK = "lock"
 _MODEL = ("model", "version", "flavor")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BATCH_ROWS = tuple(2**power for power in range(13))
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class _Counters:
     requests: "Counter"
     prediction_seconds: "Histogram"
     rows: "Counter"
+    batch_rows: "Histogram"
     loads: "Counter"
     crashes: "Counter"
     workers: "Gauge"
@@ -56,6 +62,13 @@ def _counters() -> _Counters:
             registry=registry,
         ),
         Counter("model_server_rows", "Predicted rows.", _MODEL, registry=registry),
+        Histogram(
+            "model_server_batch_rows",
+            "Rows of each call of a model, in which requests that came together are one.",
+            _MODEL,
+            buckets=_BATCH_ROWS,
+            registry=registry,
+        ),
         Counter(
             "model_server_loads",
             "Loads asked for, by how they ended.",
@@ -64,7 +77,7 @@ def _counters() -> _Counters:
         ),
         Counter(
             "model_server_runner_crashes",
-            "Model processes that ended by themselves, to be started again.",
+            "Model processes that ended by themselves or answered nobody, to be started again.",
             registry=registry,
         ),
         Gauge(
@@ -97,11 +110,15 @@ def count_request(route: str, status: int) -> None:
     _request_counter(route, status).inc()
 
 
-def count_prediction(model: str, version: int, flavor: str, rows: int, seconds: float) -> None:
-    """A loaded model has predicted."""
-    histogram, counter = _prediction_metrics(model, version, flavor)
-    histogram.observe(seconds)
+def count_prediction(
+    model: str, version: int, flavor: str, rows: int, seconds: float, *, call_rows: int
+) -> None:
+    """A loaded model has predicted; `call_rows` is not 0 for one request of each of its calls."""
+    latencies, counter, batches = _prediction_metrics(model, version, flavor)
+    latencies.observe(seconds)
     counter.inc(rows)
+    if call_rows:
+        batches.observe(call_rows)
 
 
 @contextmanager
@@ -116,7 +133,7 @@ def counted_load() -> Iterator[None]:
 
 
 def count_crash() -> None:
-    """A model's process has ended by itself."""
+    """A model's process has ended by itself, or was ended as it answered nobody."""
     _counters().crashes.inc()
 
 
@@ -137,7 +154,7 @@ class _Exposition:
         known = None
         if self._loaded is not None:
             known = {(model.model_name, str(model.version)) for model in self._loaded}
-        for metric in _counted().collect():
+        for metric in _counted():
             if known is not None:
                 # Those of models that are not loaded any more would only become more.
                 metric.samples = [
@@ -151,23 +168,63 @@ class _Exposition:
             yield from _models(self._loaded)
 
 
-def _counted() -> "CollectorRegistry":
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415
-    from prometheus_client.multiprocess import (  # noqa: PLC0415
-        MultiProcessCollector,
-        mark_process_dead,
-    )
+def _counted() -> list["Metric"]:
+    """What all workers of the service have counted, ended ones included."""
+    from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
 
     directory = os.environ.get(_DIRECTORY)
     if directory is None:
-        return _counters().registry
-    for file in Path(directory).glob("gauge_live*_*.db"):
-        process = int(file.stem.rpartition("_")[2])
-        if not Path(f"/proc/{process}").exists():
-            mark_process_dead(process, directory)  # type: ignore[no-untyped-call]
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, directory)  # type: ignore[no-untyped-call]
-    return registry
+        return list(_counters().registry.collect())
+    _fold_ended_workers(Path(directory))
+    with shared(Path(directory, _LOCK)):
+        files = [str(file) for file in Path(directory).glob("*.db") if _has_begun(file)]
+        return list(MultiProcessCollector.merge(files))  # type: ignore[no-untyped-call]
+
+
+def _has_begun(file: Path) -> bool:
+    """Whether its worker has come as far as to count; a file is empty while it is made."""
+    return file.stat().st_size > 0
+
+
+def _fold_ended_workers(directory: Path) -> None:
+    """Add what ended workers have counted to one file, as each reload leaves files of them."""
+    if not _of_ended_workers(directory):
+        return
+    # Whoever reads the files now does without; the next one comes soon.
+    with suppress(DeadlineExceededError), exclusive(directory / _LOCK, 0.0, "the counters"):
+        files = _of_ended_workers(directory)
+        for kind in ("counter", "histogram"):
+            _add_up(
+                directory / f"{kind}_ended.db",
+                [file for file in files if file.name.startswith(f"{kind}_") and _has_begun(file)],
+            )
+        # What is left of a gauge counts living workers only.
+        for file in files:
+            file.unlink()
+
+
+def _of_ended_workers(directory: Path) -> list[Path]:
+    """Their files, each with the process's number at the end of its name."""
+    found = ((file, file.stem.rpartition("_")[2]) for file in directory.glob("*.db"))
+    return [
+        file for file, process in found if process.isdigit() and not Path("/proc", process).exists()
+    ]
+
+
+def _add_up(total: Path, files: list[Path]) -> None:
+    from prometheus_client.mmap_dict import MmapedDict  # noqa: PLC0415
+
+    partial = total.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    if total.exists():
+        shutil.copyfile(total, partial)
+    values = MmapedDict(str(partial))  # type: ignore[no-untyped-call]
+    for file in files:
+        for key, value, _, _ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]
+            before, _ = values.read_value(key)  # type: ignore[no-untyped-call]
+            values.write_value(key, before + value, 0.0)  # type: ignore[no-untyped-call]
+    values.close()  # type: ignore[no-untyped-call]
+    partial.replace(total)
 
 
 def _models(loaded: Sequence[LoadedModel]) -> Iterator["Metric"]:
@@ -197,6 +254,13 @@ def _request_counter(route: str, status: int) -> "Counter":
 
 
 @lru_cache(maxsize=1024)
-def _prediction_metrics(model: str, version: int, flavor: str) -> "tuple[Histogram, Counter]":
+def _prediction_metrics(
+    model: str, version: int, flavor: str
+) -> "tuple[Histogram, Counter, Histogram]":
     labels = (model, str(version), flavor)
-    return _counters().prediction_seconds.labels(*labels), _counters().rows.labels(*labels)
+    counters = _counters()
+    return (
+        counters.prediction_seconds.labels(*labels),
+        counters.rows.labels(*labels),
+        counters.batch_rows.labels(*labels),
+    )

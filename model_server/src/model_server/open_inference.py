@@ -1,7 +1,7 @@
 """The Open Inference Protocol (V2): the same models, by the same domain calls.
 
-V2's version is a version or an alias of the registry; without one, the highest version that is
-loaded is meant. The flavor is pyfunc unless a request's parameter `model_flavor` says sklearn.
+V2's version is a version or an alias of the registry; without one, the highest version that runs on
+this host is meant. The flavor is pyfunc unless a request's parameter `model_flavor` says sklearn.
 """
 
 import re
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import model_server
 from model_server.asking import Call, ModelName, VersionOrAlias
-from model_server.bodies import json_body, read_body
+from model_server.bodies import LARGE, Answer, json_body, read_body
 from model_server.errors import InvalidRequestError, ModelNotLoadedError
 from model_server.problems import answers, describe, problem
 from model_server.runner import wire
@@ -38,6 +38,7 @@ from model_server.serving import ModelServing
 _LARGEST_HEADER = 2**24 - 1
 _LENGTH = re.compile(r"[0-9]{1,9}")
 _STATES: dict[str, Any] = {"ready": "READY", "loading": "LOADING"}
+_OF_A_LOADED_MODEL = answers(404, 422, 502, 503, 504, 507, protocol=InferenceProblem)
 _Content = TypeVar("_Content", RepositoryIndexRequest, RepositoryRequest)
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -58,6 +59,7 @@ _ENVELOPE = msgspec.json.Decoder(_Envelope)
 
 
 @router.get("")
+@router.get("/", include_in_schema=False)
 async def tell_server() -> ServerMetadata:
     """What this server is."""
     return ServerMetadata(
@@ -85,20 +87,23 @@ async def tell_ready(call: Call) -> Any:
     )
 
 
-@router.get("/models/{model_name}", responses=answers(404, 422, 503, protocol=InferenceProblem))
+@router.get("/models/{model_name}", responses=_OF_A_LOADED_MODEL)
 async def describe_model(
     model_name: ModelName,
     call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> ModelMetadata:
-    """What a loaded model takes and gives, by its signature; loads nothing."""
+    """What a loaded model takes and gives, by its signature; loads nothing.
+
+    One that rests, as nobody has asked it for a while, is started.
+    """
     version = _highest(call.serving, model_name, model_flavor)
     return await describe_version(model_name, version, call, model_flavor)
 
 
 @router.get(
     "/models/{model_name}/versions/{model_version}",
-    responses=answers(404, 422, 503, protocol=InferenceProblem),
+    responses=_OF_A_LOADED_MODEL,
 )
 async def describe_version(
     model_name: ModelName,
@@ -106,7 +111,10 @@ async def describe_version(
     call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> ModelMetadata:
-    """What a loaded model version takes and gives, by its signature; loads nothing."""
+    """What a loaded model version takes and gives, by its signature; loads nothing.
+
+    One that rests, as nobody has asked it for a while, is started.
+    """
     call.asked.model, call.asked.flavor = model_name, model_flavor
     loaded, described = await call.serving.describe(model_name, model_flavor, model_version)
     call.asked.version = loaded.version
@@ -122,14 +130,17 @@ async def describe_version(
 @router.get(
     "/models/{model_name}/ready",
     response_model=ModelReady,
-    responses=answers(404, 422, 503, protocol=InferenceProblem),
+    responses=_OF_A_LOADED_MODEL,
 )
 async def tell_model_ready(
     model_name: ModelName,
     call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> Any:
-    """Whether a loaded model answers."""
+    """Whether a loaded model answers.
+
+    One that rests, as nobody has asked it for a while, is started.
+    """
     version = _highest(call.serving, model_name, model_flavor)
     return await tell_version_ready(model_name, version, call, model_flavor)
 
@@ -137,7 +148,7 @@ async def tell_model_ready(
 @router.get(
     "/models/{model_name}/versions/{model_version}/ready",
     response_model=ModelReady,
-    responses=answers(404, 422, 503, protocol=InferenceProblem),
+    responses=_OF_A_LOADED_MODEL,
 )
 async def tell_version_ready(
     model_name: ModelName,
@@ -145,7 +156,10 @@ async def tell_version_ready(
     call: Call,
     model_flavor: ModelFlavor = "pyfunc",
 ) -> Any:
-    """Whether a loaded model version answers."""
+    """Whether a loaded model version answers.
+
+    One that rests, as nobody has asked it for a while, is started.
+    """
     call.asked.model, call.asked.flavor = model_name, model_flavor
     loaded, _ = await call.serving.describe(model_name, model_flavor, model_version)
     call.asked.version = loaded.version
@@ -164,7 +178,7 @@ async def infer(
     model_name: ModelName,
     call: Call,
 ) -> Response:
-    """Predict with the highest version that is loaded."""
+    """Predict with the highest version that runs on this host."""
     call.asked.model = model_name
     body, flavor = _read(await read_body(call.request, call.settings.max_body_bytes), call.request)
     version = _highest(call.serving, model_name, flavor)
@@ -263,7 +277,8 @@ def _entry(model: LoadedModel) -> RepositoryEntry:
         name=model.model_name,
         version=str(model.version),
         state=_STATES.get(model.state, "UNAVAILABLE"),
-        reason=model.problem or model.state,
+        # As other servers have it, which say nothing where nothing is wrong.
+        reason=model.problem or ("" if model.state == "ready" else model.state),
         model_flavor=model.model_flavor,
     )
 
@@ -272,9 +287,10 @@ async def _infer(call: Call, name: str, flavor: ModelFlavor, version: str, body:
     call.asked.flavor = flavor
     predicted = await call.serving.predict(name, flavor, version, body, kind=wire.INFER)
     call.asked.version, call.asked.rows = predicted.version, predicted.rows
+    call.asked.call_rows = predicted.call_rows
     # The model's process writes the tensors, and does not know what it is called.
     about = msgspec.json.encode({"model_name": name, "model_version": str(predicted.version)})
-    return Response(about[:-1] + b"," + predicted.body[1:], media_type="application/json")
+    return Answer(about[:-1] + b"," + predicted.body[1:], call.request)
 
 
 def _read(body: bytes, request: Request) -> tuple[bytes, ModelFlavor]:
@@ -296,10 +312,10 @@ def _read(body: bytes, request: Request) -> tuple[bytes, ModelFlavor]:
 
 
 def _highest(serving: ModelServing, name: str, flavor: ModelFlavor) -> str:
-    versions = serving.versions(name, flavor)
-    if not versions:
+    version = serving.highest(name, flavor)
+    if version is None:
         raise _not_loaded(name, flavor)
-    return str(max(versions))
+    return str(version)
 
 
 def _not_loaded(name: str, flavor: ModelFlavor) -> ModelNotLoadedError:
@@ -310,7 +326,7 @@ def _not_loaded(name: str, flavor: ModelFlavor) -> ModelNotLoadedError:
 
 async def _optional_body(call: Call, kind: type[_Content]) -> _Content:
     """What a body says, or its defaults: V2's clients send none, or no media type with it."""
-    body = await read_body(call.request, call.settings.max_body_bytes)
+    body = await read_body(call.request, min(call.settings.max_body_bytes, LARGE))
     try:
         return kind.model_validate_json(body) if body else kind()
     except ValidationError as error:

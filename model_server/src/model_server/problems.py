@@ -1,6 +1,7 @@
 """What a wrong request is answered with: one sentence, in the words of the protocol it came by."""
 
 import errno
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from model_server.errors import ModelServerError, status_of
+from model_server.errors import OUT_OF_DESCRIPTORS, ModelServerError, status_of
 from model_server.schemas import InferenceProblem, Problem
 
 _UNAVAILABLE = 503
@@ -19,7 +20,8 @@ _INVALID = 422
 _FAILED = 500
 _CLIENT_GONE = 499
 """Nginx's, for the log and the counters; nobody is there to be told."""
-_RETRY_AFTER = {"Retry-After": "2"}
+_RETRY_SECONDS = 2
+"""When to try again where nothing is known about it, and at least."""
 _PROBLEMS_SHOWN = 5
 _LONGEST_PART = 60
 _V2 = "/v2"
@@ -69,15 +71,22 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_exception_handler(HTTPException, _tell_unknown)
     app.add_exception_handler(ClientDisconnect, _tell_nobody)
-    app.add_exception_handler(OSError, _tell_full_disk)
+    app.add_exception_handler(OSError, _tell_full_host)
     app.add_exception_handler(Exception, _tell_bug)
 
 
 def problem(
-    request: Request, detail: str, status: int, headers: dict[str, str] | None = None
+    request: Request,
+    detail: str,
+    status: int,
+    headers: dict[str, str] | None = None,
+    *,
+    retry_after: float | None = None,
 ) -> JSONResponse:
-    """An answer that says what was wrong."""
-    headers = (headers or {}) | (_RETRY_AFTER if status == _UNAVAILABLE else {})
+    """An answer that says what was wrong, and in how many seconds to try again."""
+    if status == _UNAVAILABLE or retry_after is not None:
+        seconds = max(math.ceil(retry_after or 0), _RETRY_SECONDS)
+        headers = {"Retry-After": str(seconds)} | (headers or {})
     # By the route, as a model may be called v2 too.
     route: Any = request.scope.get("route")
     path: str = route.path if route else request.scope["asked"].route or request.scope["path"]
@@ -91,7 +100,7 @@ def _field(path: str) -> str:
 async def _tell_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, ModelServerError):
         raise error
-    return problem(request, str(error), status_of(error))
+    return problem(request, str(error), status_of(error), retry_after=error.retry_after)
 
 
 async def _tell_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -110,10 +119,14 @@ async def _tell_nobody(_request: Request, _error: Exception) -> Response:
     return Response(status_code=_CLIENT_GONE)
 
 
-async def _tell_full_disk(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        raise error
-    return problem(request, _EXAMPLES[_NO_ROOM][1], _NO_ROOM)
+async def _tell_full_host(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return problem(request, _EXAMPLES[_NO_ROOM][1], _NO_ROOM)
+    if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+        return problem(
+            request, "The model server has too many connections open; try again soon.", _UNAVAILABLE
+        )
+    raise error
 
 
 async def _tell_bug(request: Request, _: Exception) -> JSONResponse:

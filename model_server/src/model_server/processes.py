@@ -65,7 +65,8 @@ class Processes(ABC):
     def start(self, name: str, spec: RunnerSpec) -> None:
         """Start a runner; its socket listens when this returns, its model is not yet loaded.
 
-        Raises `ModelNotLoadableError` where the process cannot be made.
+        Raises `ModelNotLoadableError` where no process can be made of it, `RunnerUnavailableError`
+        where none can be made now.
         """
 
     @abstractmethod
@@ -149,7 +150,7 @@ class ChildProcesses(Processes):
             _end(*process, timeout)
         self._record(name).unlink(missing_ok=True)
         self._lines(name).unlink(missing_ok=True)
-        shutil.rmtree(self._scratch / name, ignore_errors=True)
+        _remove(self._scratch / name)
 
     def ended(self, name: str) -> str | None:
         """Why it ended, as the worker saw it that had started it."""
@@ -219,7 +220,7 @@ class ChildProcesses(Processes):
         """The process that was started last, by its number and when it began."""
         try:
             process, began = self._record(name).read_text().splitlines()[0].split()
-        except (OSError, ValueError, IndexError):
+        except (FileNotFoundError, ValueError, IndexError):
             return None
         return int(process), int(began)
 
@@ -269,7 +270,7 @@ def _stat(process_id: int) -> tuple[str, int] | None:
     """The state of a process and when it began."""
     try:
         stat = Path(f"/proc/{process_id}/stat").read_text()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return state, int(fields[18])
@@ -310,6 +311,18 @@ def _end_group(leader: int, began: int) -> None:
     if start_time(leader) in {began, None}:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also where whoever wrote in it made folders that nobody may change."""
+    with contextlib.suppress(OSError):
+        folder.chmod(0o700)
+        for parent, names, _ in os.walk(folder):
+            # Before they are listed in their turn; what a link leads to is somebody else's.
+            for inner in (Path(parent, name) for name in names):
+                if not inner.is_symlink():
+                    inner.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(status: int) -> str:

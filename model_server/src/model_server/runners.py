@@ -11,8 +11,9 @@ import logging
 import socket
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from model_server.errors import (
     DeadlineExceededError,
@@ -22,6 +23,7 @@ from model_server.errors import (
     ModelServerError,
     RunnerBusyError,
     RunnerEndedError,
+    RunnerHangsError,
 )
 from model_server.processes import Processes, RunnerSpec
 from model_server.replies import ReplyError, read_description, read_refusal, with_lines
@@ -40,10 +42,15 @@ _REFUSED = {
     wire.MODEL_ERROR: ModelFailedError,
     wire.LOAD_ERROR: ModelNotLoadableError,
 }
+_SHORTEST_TIMER = 0.001
 _MOST_WAITING = 1024
 """Callers of one worker that may wait for one runner."""
 _MOST_WAITING_BYTES = 256 * 2**20
 """What they sent, all together; one alone may have sent more."""
+_SILENT_TIMEOUTS = 1.9
+"""How many times the longest prediction a process may be silent while it is asked: two callers, one
+after the other, have waited in vain, less what a timer may be early. One such time alone may be
+a single question that is too large, and callers behind it who will be answered."""
 
 
 class RunnerNotRunningError(Exception):
@@ -100,9 +107,17 @@ class Runner:
         """End the process, whoever started it; its answers under way are still given."""
         self._processes.stop(self.name, self._settings.stop_timeout_seconds)
 
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._processes.stop(self.name, 0)
+
     def is_connected(self) -> bool:
         """Whether this worker speaks to the process already, so that it is a loaded one."""
         return self._connection is not None and not self._connection.is_closing()
+
+    def answered(self) -> float:
+        """When the process said something to this worker last, by `time.monotonic`."""
+        return self._connection.answered if self._connection is not None else 0.0
 
     def close(self) -> None:
         """Give up this worker's connection when its last answer has come; the process goes on."""
@@ -110,11 +125,11 @@ class Runner:
             self._connection.finish()
             self._connection = None
 
-    async def predict(self, body: bytes, kind: bytes = wire.PREDICT) -> tuple[int, bytes]:
-        """The rows and the body of the response to the body of a request."""
+    async def predict(self, body: bytes, kind: bytes = wire.PREDICT) -> tuple[int, int, bytes]:
+        """Rows of the request, rows of the model's call if not told yet, body of the response."""
         content = await self._ask(wire.pack(kind, body), wire.ANSWER)
         try:
-            return wire.unpack_answer(content)
+            return wire.unpack_answer(content, len(body))
         except wire.FrameError as error:
             raise self._nonsense(error) from None
 
@@ -133,18 +148,19 @@ class Runner:
             connection = await self._connected()
         if not connection.has_room(len(frame)):
             raise RunnerBusyError(f"Too many callers wait for {self._label}; try again soon.")
+        longest = self._settings.predict_timeout_seconds
         try:
-            async with asyncio.timeout(self._settings.predict_timeout_seconds):
-                kind, content = await connection.ask(frame)
+            kind, content = await connection.ask(frame)
         except TimeoutError:
-            raise DeadlineExceededError(
-                f"The prediction of {self._label} took longer than "
-                f"{self._settings.predict_timeout_seconds:g} seconds."
-            ) from None
+            sentence = f"The prediction of {self._label} took longer than {longest:g} seconds."
+            silent = connection.silent_seconds()
+            if silent > _SILENT_TIMEOUTS * longest:
+                raise RunnerHangsError(sentence, silent) from None
+            raise DeadlineExceededError(sentence) from None
         except ConnectionError:
             raise RunnerEndedError(
-                f"The process of {self._label} ended before it answered; the next request "
-                "starts it again."
+                f"The process of {self._label} ended before it answered; it is started again "
+                "after a pause."
             ) from None
         except wire.FrameError as error:
             raise self._nonsense(error) from None
@@ -163,8 +179,9 @@ class Runner:
             connection = self._connection
             if connection is None or connection.is_closing():
                 channel = self._connect()
+                longest = self._settings.predict_timeout_seconds
                 _, connection = await asyncio.get_running_loop().create_unix_connection(
-                    _Connection, sock=channel
+                    partial(_Connection, longest), sock=channel
                 )
                 self._connection = connection
             return connection
@@ -232,15 +249,39 @@ class Runner:
         return ModelNotLoadableError(with_lines(sentence, self._processes.last_lines(self.name)))
 
 
+class _Waiting(NamedTuple):
+    """One caller."""
+
+    answer: "asyncio.Future[tuple[bytes, bytes]]"
+    size: int
+    """Bytes of what was asked."""
+    until: float
+    """By `time.monotonic`."""
+
+
 class _Connection(asyncio.Protocol):
-    """A connection to a runner, whose answers come in the order of the questions."""
+    """A connection to a runner, whose answers come in the order of the questions.
+
+    Nobody waits for one longer than `longest` seconds.
+    """
 
     _transport: asyncio.Transport
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._loop = asyncio.get_running_loop()
         self._reader = wire.FrameReader(wire.FROM_RUNNER)
-        self._waiting: deque[tuple[asyncio.Future[tuple[bytes, bytes]], int]] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        """For who has waited longest: one timer for each question would cost more than the rest."""
         self._waiting_bytes = 0
+        self._unsent: list[bytes] = []
+        self._several = False
+        """Whether answers come together, as to many callers at once: then they also ask together,
+        and what is asked in one turn of the loop is sent in one piece."""
+        self._asked = 0.0
+        self.answered = 0.0
+        """When anything came last, by `time.monotonic`."""
         self._finishing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -255,13 +296,50 @@ class _Connection(asyncio.Protocol):
             len(self._waiting) < _MOST_WAITING and self._waiting_bytes + size <= _MOST_WAITING_BYTES
         )
 
+    def silent_seconds(self) -> float:
+        """For how long nothing has come, although it was asked."""
+        return time.monotonic() - max(self._asked, self.answered) if self._waiting else 0.0
+
     def ask(self, frame: bytes) -> "asyncio.Future[tuple[bytes, bytes]]":
-        """Send a frame; what comes back for it. A caller who stops waiting harms nobody."""
-        answer: asyncio.Future[tuple[bytes, bytes]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((answer, len(frame)))
+        """Send a frame; what comes back for it, or TimeoutError.
+
+        A caller who stops waiting harms nobody.
+        """
+        answer: asyncio.Future[tuple[bytes, bytes]] = self._loop.create_future()
+        now = time.monotonic()
+        if not self._waiting:
+            self._asked = now
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._longest, self._give_up)
+        self._waiting.append(_Waiting(answer, len(frame), now + self._longest))
         self._waiting_bytes += len(frame)
-        self._transport.write(frame)
+        if self._several:
+            if not self._unsent:
+                self._loop.call_soon(self._send)
+            self._unsent.append(frame)
+        else:
+            self._transport.write(frame)
         return answer
+
+    def _send(self) -> None:
+        frames, self._unsent = self._unsent, []
+        if not self._transport.is_closing():
+            self._transport.writelines(frames)
+
+    def _give_up(self) -> None:
+        """Tell those whose time is over; their answers, should they come, are for nobody."""
+        self._timer = None
+        now = time.monotonic()
+        for waiting in self._waiting:
+            if waiting.until > now:
+                # What is less than a millisecond is none to the loop.
+                left = max(waiting.until - now, _SHORTEST_TIMER)
+                self._timer = self._loop.call_later(left, self._give_up)
+                return
+            if not waiting.answer.done():
+                waiting.answer.set_exception(TimeoutError())
+        if self._finishing:
+            self._close_if_nobody_waits()
 
     def finish(self) -> None:
         """Close when the last answer has come."""
@@ -269,6 +347,8 @@ class _Connection(asyncio.Protocol):
         self._close_if_nobody_waits()
 
     def data_received(self, data: bytes) -> None:
+        self.answered = time.monotonic()
+        before = len(self._waiting)
         try:
             for frame in self._reader.feed(data):
                 if not self._waiting:
@@ -283,23 +363,26 @@ class _Connection(asyncio.Protocol):
                 answer.set_exception(error)
             self._transport.abort()
             return
+        self._several = before - len(self._waiting) > 1 or bool(self._unsent)
         if self._finishing:
             self._close_if_nobody_waits()
 
     def _next(self) -> "asyncio.Future[tuple[bytes, bytes]]":
         """Take who has waited longest."""
-        answer, size = self._waiting.popleft()
-        self._waiting_bytes -= size
-        return answer
+        waiting = self._waiting.popleft()
+        self._waiting_bytes -= waiting.size
+        return waiting.answer
 
     def _close_if_nobody_waits(self) -> None:
-        if all(answer.done() for answer, _ in self._waiting):
+        if all(waiting.answer.done() for waiting in self._waiting):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         while self._waiting:
-            answer, _ = self._waiting.popleft()
-            if not answer.done():
+            if not (answer := self._next()).done():
                 answer.set_exception(ConnectionResetError())
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ModelFlavor = Literal["pyfunc", "sklearn"]
+PredictFunction = Literal["predict", "predict_proba"]
 ModelState = Literal["ready", "loading", "failed", "stopped", "unloaded"]
 
 
@@ -30,7 +31,7 @@ class PredictRequest(BaseModel):
     data: list[Any] = Field(
         description="Rows: lists of values, or records whose keys are the model's columns."
     )
-    predict_function: Literal["predict", "predict_proba"] = "predict"
+    predict_function: PredictFunction = "predict"
     model_flavor: ModelFlavor = "pyfunc"
     dtype: str | None = Field(
         default=None, description="A numpy type name that the data is cast to."
@@ -67,6 +68,7 @@ class LoadedModel(BaseModel):
                     "since": "2026-11-22T09:00:00Z",
                     "memory_bytes": 180000000,
                     "problem": None,
+                    "runner": "3f9c0de51b7a2846-p",
                 }
             ]
         },
@@ -74,13 +76,22 @@ class LoadedModel(BaseModel):
 
     model_name: str
     model_flavor: ModelFlavor
-    model_version_or_alias: str = Field(description="What it was first loaded by.")
+    model_version_or_alias: str = Field(
+        description="What it was first loaded by. A number, once it was loaded by that: it stays "
+        "when its aliases move on."
+    )
     version: int
     aliases: list[str] = Field(description="The aliases that mean this version here.")
     state: ModelState
     since: datetime = Field(description="When it was first loaded.")
     memory_bytes: int | None = Field(description="Resident memory of its process.")
-    problem: str | None = Field(description="Why it is not running, where the state is failed.")
+    problem: str | None = Field(
+        description="Why it is not running, where the state is failed; what is left to be done, "
+        "where it was unloaded while it was being started."
+    )
+    runner: str = Field(
+        description="What its process is called; as a unit, odsp-model_runner@<runner>.service."
+    )
 
 
 class Health(BaseModel):

@@ -15,10 +15,12 @@ from model_server.catalog import Catalog, CatalogEntry
 from model_server.environments import Environments
 from model_server.errors import (
     CatalogUnavailableError,
+    DeadlineExceededError,
     ModelNotLoadedError,
     ModelNotReadyError,
     ModelServerError,
     RunnerEndedError,
+    RunnerHangsError,
 )
 from model_server.host import ModelHost, RunnerRecord, being_a_worker
 from model_server.keeping import Keeper
@@ -32,7 +34,7 @@ from model_server.settings import Settings
 
 _LOG = logging.getLogger(__name__)
 
-_AT_ONCE = {"load": 8, "revive": 8, "unload": 8, "end": 4}
+_AT_ONCE = {"resolve": 8, "load": 8, "revive": 8, "unload": 8, "list": 8, "end": 4}
 """How many of each kind of work, in threads of their own: none waits for a slower kind."""
 _TOUCH_SECONDS = 1.0
 _HOSTS_SECONDS = 5.0
@@ -47,19 +49,23 @@ class Predicted:
     body: bytes
     version: int
     rows: int
+    call_rows: int
+    """Of the model's call, which other requests may have been part of; 0 where one of them tells.
+    """
 
 
 class _Handle:
     """This worker's connections to one runner, which tells the host while they are used."""
 
-    def __init__(self, runner: Runner, touch: Callable[[], None]) -> None:
+    def __init__(self, runner: Runner, touch: Callable[..., None]) -> None:
         self.runner = runner
         self._touch = touch
+        self._told = 0.0
         self._under_way = 0
         self._used = False
         self._timer: asyncio.TimerHandle | None = None
 
-    async def predict(self, body: bytes, kind: bytes) -> tuple[int, bytes]:
+    async def predict(self, body: bytes, kind: bytes) -> tuple[int, int, bytes]:
         """Ask the runner; until it answers it counts as used."""
         self._under_way += 1
         self.note_use()
@@ -82,7 +88,9 @@ class _Handle:
     def _tell(self) -> None:
         self._timer = None
         if self._used:
-            self._touch()
+            answered = self.runner.answered()
+            self._touch(answered=answered if answered > self._told else None)
+            self._told = answered
             # What is under way now is told of after its end once more.
             self._used = self._under_way > 0
             self._timer = asyncio.get_running_loop().call_later(_TOUCH_SECONDS, self._tell)
@@ -145,8 +153,8 @@ class ModelServing:
         return self._keeper.is_ready()
 
     async def load(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
-        """Load what the registry means by a version or alias now."""
-        entry = await self._load_once(name, flavor, version_or_alias)
+        """Load what the registry means by a version or alias now, however often that failed."""
+        entry = await self._load_once(name, flavor, version_or_alias, insist=True)
         return await asyncio.to_thread(self._seen, entry)
 
     async def predict(
@@ -162,25 +170,29 @@ class ModelServing:
         for _ in range(_TRIES):
             entry = self._find(name, flavor, version_or_alias)
             if entry is None:
-                entry = await self._load_once(name, flavor, version_or_alias)
+                entry = await self._load_once(name, flavor, version_or_alias, insist=False)
             handle = self._handle(entry)
             if not handle.runner.is_connected() and not self._host.is_started(
                 entry.model, entry.flavor
             ):
                 await self._revive(entry)
             try:
-                rows, answer = await handle.predict(body, kind)
+                rows, call_rows, answer = await handle.predict(body, kind)
             except RunnerNotRunningError:
                 await self._note_end(entry)
                 await self._revive(entry)
-            except RunnerEndedError:
+            except RunnerEndedError as error:
                 record = await self._note_end(entry)
                 crashed = record is None or not record.resting
                 if crashed and self._find(name, flavor, version_or_alias) == entry:
+                    error.retry_after = record.pause_left() if record else None
                     raise
                 # It ended for want of use or of memory, or because something else is meant now.
+            except RunnerHangsError as error:
+                self._end_silent(entry, error)
+                raise
             else:
-                return Predicted(answer, entry.model.version, rows)
+                return Predicted(answer, entry.model.version, rows, call_rows)
         raise RunnerEndedError(f"Model {name!r} was changed again and again while it was asked.")
 
     async def unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
@@ -191,12 +203,25 @@ class ModelServing:
 
     async def loaded_models(self) -> list[LoadedModel]:
         """All that is, or shall be, loaded."""
-        return await asyncio.to_thread(self._list)
+        # Never shared: a list that was begun before a change does not tell of it.
+        return await asyncio.get_running_loop().run_in_executor(self._threads["list"], self._list)
+
+    async def known_models(self) -> list[LoadedModel] | None:
+        """All that is, or shall be, loaded as far as this host knows; asks no database.
+
+        None where it never knew.
+        """
+        known = self._known.current()
+        if known is None:
+            return None
+        return await asyncio.to_thread(
+            lambda: [self._seen(entry) for entry in known.entries.values()]
+        )
 
     async def describe(
         self, name: str, flavor: ModelFlavor, version_or_alias: str
     ) -> tuple[LoadedModel, dict[str, Any]]:
-        """What a loaded model takes and gives; loads nothing."""
+        """What a loaded model takes and gives; loads nothing, but wakes what rests."""
         entry = self._find(name, flavor, version_or_alias)
         if entry is None:
             raise _not_loaded(name, flavor, version_or_alias)
@@ -204,12 +229,19 @@ class ModelServing:
         runner = handle.runner
         not_ready = ModelNotReadyError(f"{_capital(entry)} does not run at this moment.")
         if not runner.is_connected() and not self._host.is_started(entry.model, entry.flavor):
-            raise not_ready
+            record = self._host.record(entry.model, entry.flavor)
+            if record is None or not record.resting:
+                raise not_ready
+            # Callers who wait until it is ready before they ask would wait for ever.
+            await self._revive(entry)
         try:
             handle.note_use()
             description = await runner.describe()
         except RunnerNotRunningError:
             raise not_ready from None
+        except RunnerHangsError as error:
+            self._end_silent(entry, error)
+            raise
         return await asyncio.to_thread(self._seen, entry), description
 
     def versions(self, name: str, flavor: ModelFlavor) -> list[int]:
@@ -218,13 +250,34 @@ class ModelServing:
         entries = known.entries if known else {}
         return sorted(version for its, kind, version in entries if (its, kind) == (name, flavor))
 
+    def highest(self, name: str, flavor: ModelFlavor) -> int | None:
+        """The highest version of a model that answers here, else that shall be loaded, if any."""
+        known = self._known.current()
+        found = {
+            version: entry
+            for (its, kind, version), entry in (known.entries if known else {}).items()
+            if (its, kind) == (name, flavor)
+        }
+        downwards = sorted(found, reverse=True)
+        return next(
+            (version for version in downwards if self._answers(found[version])),
+            downwards[0] if downwards else None,
+        )
+
+    def _answers(self, entry: CatalogEntry) -> bool:
+        """Whether it runs here, or rests until it is asked."""
+        if self._handle(entry).runner.is_connected():
+            return True
+        record = self._host.record(entry.model, entry.flavor)
+        return record is not None and (record.started is not None or record.resting)
+
     def _find(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry | None:
         known = self._known.current()
         if known is None:
             return None
         version = version_number(version_or_alias)
         if version is None:
-            return known.named(name, flavor, version_or_alias)
+            return known.named((name, flavor, version_or_alias))
         return known.entries.get((name, flavor, version))
 
     def _handle(self, entry: CatalogEntry) -> _Handle:
@@ -252,6 +305,18 @@ class ModelServing:
         )
         return record
 
+    def _end_silent(self, entry: CatalogEntry, error: RunnerHangsError) -> None:
+        """Have a process ended that does not answer; nobody waits for that."""
+
+        def end() -> None:
+            try:
+                self._host.end_silent(entry.model, entry.flavor, error.seconds)
+            except (ModelServerError, OSError) as trouble:
+                extra = {"model": str(entry.model), "reason": str(trouble)}
+                _LOG.warning("silent runner not ended", extra=extra)
+
+        self._begin(("unload", "silent", *map(str, entry.key)), end)
+
     async def _revive(self, entry: CatalogEntry) -> None:
         """Wait a while for what shall run here and does not, unless it has failed."""
         await self._once(
@@ -267,11 +332,18 @@ class ModelServing:
             raise ModelNotReadyError(f"{_capital(entry)} is still being started.") from None
 
     async def _load_once(
-        self, name: str, flavor: ModelFlavor, version_or_alias: str
+        self, name: str, flavor: ModelFlavor, version_or_alias: str, *, insist: bool
     ) -> CatalogEntry:
+        """Load it; unless one insists, what has failed is left alone for a while."""
+        # In threads of its own: whoever asks for what is not there waits for no load.
+        model: ModelVersion = await self._once(
+            ("resolve", name, version_or_alias), partial(self._resolve, name, version_or_alias)
+        )
+        if not insist:
+            self._host.refuse_failed(model, flavor)
         entry: CatalogEntry = await self._once(
-            ("load", name, flavor, version_or_alias),
-            partial(self._load, name, flavor, version_or_alias),
+            ("load", name, flavor, version_or_alias, model.digest, str(insist)),
+            partial(self._load, model, flavor, version_or_alias, insist=insist),
         )
         return entry
 
@@ -280,12 +352,15 @@ class ModelServing:
 
         The key begins with the kind of work.
         """
+        return await asyncio.shield(self._begin(key, function))
+
+    def _begin(self, key: tuple[str, ...], function: Callable[[], Any]) -> asyncio.Future[Any]:
         future = self._under_way.get(key)
         if future is None:
             future = asyncio.get_running_loop().run_in_executor(self._threads[key[0]], function)
             self._under_way[key] = future
             future.add_done_callback(partial(self._forget, key))
-        return await asyncio.shield(future)
+        return future
 
     def _forget(self, key: tuple[str, ...], future: asyncio.Future[Any]) -> None:
         del self._under_way[key]
@@ -293,16 +368,29 @@ class ModelServing:
             # Looked at, even when every caller has gone.
             future.exception()
 
-    def _load(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
-        with metrics.counted_load():
-            return self._load_uncounted(name, flavor, version_or_alias)
+    def _resolve(self, name: str, version_or_alias: str) -> ModelVersion:
+        try:
+            return self._registry.resolve(name, version_or_alias)
+        except ModelServerError:
+            with metrics.counted_load():
+                raise
 
-    def _load_uncounted(self, name: str, flavor: str, version_or_alias: str) -> CatalogEntry:
+    def _load(
+        self, model: ModelVersion, flavor: str, version_or_alias: str, *, insist: bool
+    ) -> CatalogEntry:
+        with metrics.counted_load():
+            return self._load_uncounted(model, flavor, version_or_alias, insist=insist)
+
+    def _load_uncounted(
+        self, model: ModelVersion, flavor: str, version_or_alias: str, *, insist: bool
+    ) -> CatalogEntry:
         deadline = time.monotonic() + self._settings.load_timeout_seconds
-        model = self._registry.resolve(name, version_or_alias)
         # Before the long way: without the catalog, it would be for nothing.
-        known = self._catalog.contents().entries.get((name, flavor, model.version))
+        known = self._catalog.contents().entries.get((model.name, flavor, model.version))
         with self._host.changing(model, flavor, deadline):
+            if not insist:
+                # While this one waited, another worker may have tried it.
+                self._host.refuse_failed(model, flavor)
             self._host.start(model, flavor, deadline, asked=True)
             try:
                 self._catalog.record(model, flavor, asked_as=version_or_alias)
@@ -311,7 +399,7 @@ class ModelServing:
                 if known is None:
                     self._host.stop(model, flavor)
                 raise
-        entry = contents.entries.get((name, flavor, model.version))
+        entry = contents.entries.get((model.name, flavor, model.version))
         if entry is None:
             raise ModelNotLoadedError(f"{_capital(model)} was unloaded at the same moment.")
         _LOG.info("model loaded", extra={"model": str(model), "flavor": flavor})
@@ -331,11 +419,13 @@ class ModelServing:
     def _refuse_failed(self, entry: CatalogEntry) -> None:
         """Nobody waits for what has failed: the keeper tries it again, with pauses."""
         record = self._host.note_end(entry.model, entry.flavor)
-        if record is not None and record.failures and record.started is None:
-            raise ModelNotReadyError(f"{_capital(entry)} does not run for now. {record.problem}")
+        if record is not None and record.has_failed():
+            error = ModelNotReadyError(f"{_capital(entry)} does not run for now. {record.problem}")
+            error.retry_after = record.pause_left()
+            raise error
 
     def _unload(self, name: str, flavor: ModelFlavor, version_or_alias: str) -> LoadedModel:
-        deadline = time.monotonic() + self._settings.load_timeout_seconds
+        deadline = time.monotonic() + self._settings.startup_seconds
         contents = self._catalog.contents()
         version = version_number(version_or_alias)
         if version is None:
@@ -345,13 +435,21 @@ class ModelServing:
             raise _not_loaded(name, flavor, version_or_alias)
         revision = self._catalog.remove(entry.key)
         self._keeper.refresh()
-        with self._host.changing(entry.model, flavor, deadline):
-            if self._catalog_has_it_again(entry):
-                raise ModelNotLoadedError(f"{_capital(entry)} was loaded again at the same moment.")
-            self._host.stop(entry.model, flavor)
+        problem = None
+        try:
+            with self._host.changing(entry.model, flavor, deadline):
+                if self._catalog_has_it_again(entry):
+                    raise ModelNotLoadedError(
+                        f"{_capital(entry)} was loaded again at the same moment."
+                    )
+                self._host.stop(entry.model, flavor)
+        except DeadlineExceededError:
+            # A start under way, which may take long; then the keeper ends what nobody wants.
+            problem = "It is being started at this moment; its process ends when that is done."
         self._keeper.wait_for_hosts(revision, _HOSTS_SECONDS)
         _LOG.info("model unloaded", extra={"model": str(entry.model), "flavor": flavor})
-        return self._seen(entry, state="unloaded")
+        unloaded = self._seen(entry, state="unloaded")
+        return unloaded.model_copy(update={"problem": problem}) if problem else unloaded
 
     def _catalog_has_it_again(self, entry: CatalogEntry) -> bool:
         known = self._known.current()
@@ -395,6 +493,7 @@ class ModelServing:
             since=entry.since,
             memory_bytes=memory,
             problem=problem,
+            runner=self._host.runner(entry.model, entry.flavor).name,
         )
 
 

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import httpx2
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic import model_validator as validate_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+from uv import find_uv_bin
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -19,6 +21,7 @@ _LONGEST_RUNTIME_DIR = 85
 # Whoever is asked tells so each second, from a process that may be busy.
 _SHORTEST_IDLE_SECONDS = 5
 _DATABASES = ("sqlite", "postgresql+psycopg")
+_INDEXES = ("https://", "http://", "file://")
 
 
 class InvalidSettingsError(Exception):
@@ -43,8 +46,8 @@ class Settings(BaseSettings):
     user_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]*$")] = ""
     """The header in which the door tells the user for the log; only where nobody else can call."""
 
-    uv: str = "uv"
-    """The program that builds environments."""
+    uv: str = ""
+    """The program that builds environments; what came with this package when not set."""
     uv_cache_dir: Path | None = None
     """uv's cache; `<state_dir>/cache/uv` when not set."""
     index_url: SecretStr | None = None
@@ -52,7 +55,8 @@ class Settings(BaseSettings):
     wheels_dir: Path | None = None
     """A folder of wheels to install from instead of an index."""
     allow_source_builds: bool = False
-    """Whether requirements without a wheel may be built, which runs their code."""
+    """Whether requirements without a wheel may be built, which runs their code; with
+    `runner_units` in a unit of its own, else as this user."""
     environment_keep_days: Annotated[float, Field(ge=0)] = 30
     """How long environments and model files are kept that nobody uses."""
 
@@ -132,9 +136,23 @@ class Settings(BaseSettings):
     @field_validator("tracking_uri")
     @classmethod
     def _tracking_uri(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
-            raise ValueError("must be the http:// or https:// address of an MLflow server")
+        # It may hold a password: not repeated.
+        wanted = "must be the http:// or https:// address of an MLflow server"
+        try:
+            url = httpx2.URL(value)
+        except httpx2.InvalidURL:
+            raise ValueError(wanted) from None
+        if url.scheme not in {"http", "https"} or not url.host:
+            raise ValueError(wanted)
         return value.rstrip("/")
+
+    @field_validator("index_url")
+    @classmethod
+    def _index_url(cls, value: SecretStr | None) -> SecretStr | None:
+        # It may hold a password: not repeated.
+        if value and not value.get_secret_value().startswith(_INDEXES):
+            raise ValueError("must be an address that starts with https://, http:// or file://")
+        return value
 
     @field_validator("state_dir", "runtime_dir", "wheels_dir")
     @classmethod
@@ -168,9 +186,10 @@ class Settings(BaseSettings):
     @field_validator("uv")
     @classmethod
     def _uv(cls, value: str) -> str:
-        found = shutil.which(value)
+        wanted = value or _own_uv()
+        found = shutil.which(wanted)
         if found is None:
-            raise ValueError(f"the program {value!r} is not there; install uv or give its path")
+            raise ValueError(f"the program {wanted!r} is not there; install uv or give its path")
         return found
 
     @validate_model(mode="after")
@@ -189,6 +208,14 @@ def read_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         raise InvalidSettingsError("; ".join(_sentences(error)) + ".") from None
+
+
+def _own_uv() -> str:
+    """The uv of this environment, which may be none that is activated; else the one on `PATH`."""
+    try:
+        return find_uv_bin()
+    except FileNotFoundError:
+        return "uv"
 
 
 def _sentences(error: ValidationError) -> list[str]:

@@ -1,7 +1,8 @@
 """Runners as units of systemd: a user, a view of the files and limits of their own.
 
-The server's account may not start units. It asks a small helper that runs as root, knows two verbs,
-and hands a runner nothing but folders of the server's own state (`odsp-model_runnerd.socket`).
+The server's account may not start units, nor read the journal. It asks a small helper that runs as
+root, knows three verbs, and hands a runner nothing but folders of the server's own state
+(`odsp-model_runnerd.socket`).
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-from model_server.errors import ModelNotLoadableError, RunnerUnavailableError
+from model_server.errors import OUT_OF_DESCRIPTORS, RunnerUnavailableError
 from model_server.processes import ChildProcesses, Processes, RunnerSpec
 from model_server.settings import Settings
 
@@ -28,7 +29,7 @@ _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _SLICE = "odsp.slice/odsp-models.slice"
 _HELPER_SECONDS = 60.0
 """The longest the helper may take beyond the end of a runner."""
-_LONGEST_ANSWER = 1024
+_LONGEST_ANSWER = 2**16
 _KILLED = ("2", "3")
 """The exit codes of systemd that stand for a signal, without and with a core dump."""
 _FOLDER_BITS = stat.S_IROTH | stat.S_IXOTH
@@ -79,7 +80,7 @@ class UnitProcesses(Processes):
     def stop(self, name: str, timeout: float) -> None:
         """Have the unit stopped; after the seconds that the unit allows, systemd kills it.
 
-        Raises `RunnerUnavailableError` where the helper does not answer.
+        Raises `RunnerUnavailableError` where that cannot be done.
         """
         self._ask(f"stop {name}", timeout)
 
@@ -97,6 +98,15 @@ class UnitProcesses(Processes):
         )
         return reason(dict(line.partition("=")[::2] for line in shown.stdout.splitlines()))
 
+    def last_lines(self, name: str) -> list[str]:
+        """What a runner that failed has written to the journal, at most its end."""
+        if self.ended(name) is None:
+            return []
+        # The reason is told, with or without them.
+        with contextlib.suppress(RunnerUnavailableError):
+            return self._ask(f"lines {name}").splitlines()
+        return []
+
     def memory(self, name: str) -> int | None:
         """All that the unit's processes hold, less what the kernel keeps of files for them."""
         unit = f"{_SLICE}/odsp-model_runner@{name}.service"
@@ -109,15 +119,18 @@ class UnitProcesses(Processes):
                 counts = dict(
                     line.split() for line in (group / "memory.stat").read_text().splitlines()
                 )
-            except OSError:
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    # One that runs is not taken for one that has ended.
+                    raise
                 continue
             # Version 1 counts the groups below only in what it calls total.
             files = (counts.get(f"total_{kind}", counts[kind]) for kind in _FILES)
             return max(0, used - sum(map(int, files)))
         return None
 
-    def _ask(self, request: str, patience: float = 0) -> None:
-        """Have the helper do something; it takes as long as the runner takes to end."""
+    def _ask(self, request: str, patience: float = 0) -> str:
+        """Have the helper do something, and what it tells; it takes as long as a runner's end."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(patience + _HELPER_SECONDS)
@@ -133,9 +146,12 @@ class UnitProcesses(Processes):
             raise RunnerUnavailableError(
                 "Models cannot be started or stopped; odsp-model_runnerd ended without an answer."
             )
-        if answer != "ok":
+        verdict, _, told = answer.partition("\n")
+        if verdict != "ok":
+            # The model's code has not run yet, or is to end: none of it is the caller's matter.
             sentence = answer.removeprefix("no ")
-            raise ModelNotLoadableError(f"The model's process cannot be changed: {sentence}")
+            raise RunnerUnavailableError(f"The model's process cannot be changed: {sentence}")
+        return told
 
 
 def reason(properties: dict[str, str]) -> str | None:

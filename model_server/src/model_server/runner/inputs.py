@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -9,8 +10,18 @@ from typing import Any
 
 _NAMES_SHOWN = 5
 _LONGEST_NAME = 60
-_LONGEST_TEXT_TYPE = 4096
+_LONGEST_TYPE_NAME = 64
+_FIRST_PANDAS_WITH_ISO = 2
 _INT64 = range(-(2**63), 2**64)
+_WIDEST_NUMBER = 16
+"""Bytes; of values no wider than this, an array takes little more than the rows it is made of."""
+_NUMBERS = frozenset((int, float, bool, type(None)))
+_CHARACTER = 4
+"""Bytes of a character in an array of texts."""
+_LONGEST_NUMBER = 64
+"""Characters of a number as a text, at most."""
+_LARGEST_TEXTS = 2**28
+"""Bytes of an array of texts, in which each takes as much as the longest."""
 
 
 class InputError(Exception):
@@ -35,19 +46,38 @@ def model_input(
     """Make the model's input.
 
     Records, and rows of a model that knows its columns, become a data frame; all else an array.
-    A `dtype` casts; then columns get the types of the model's signature, where nothing is lost by
-    it. Raises InputError.
+    A `dtype` casts; then columns, or the array, get the types of the model's signature, where
+    nothing is lost by it. Raises InputError.
     """
     _refuse_what_has_no_shape(data)
     wanted = _numpy_type(dtype)
-    if isinstance(data[0], dict):
-        return _typed(_frame_of_records(data), wanted, columns or [])
-    if columns:
-        rows = data if isinstance(data[0], list) else [[value] for value in data]
-        if wanted is None and _are_doubles(rows, columns):
-            return _frame_of_doubles(rows, columns)
-        return _typed(_frame_of_rows(rows, columns), wanted, columns)
-    return _array(data, tensor_type if wanted is None else wanted)
+    try:
+        if isinstance(data[0], dict):
+            return _typed(_frame_of_records(data), wanted, columns or [])
+        if columns:
+            rows = data if isinstance(data[0], list) else [[value] for value in data]
+            if wanted is None and _are_doubles(rows, columns):
+                return _frame_of_doubles(rows, columns)
+            return _typed(_frame_of_rows(rows, columns), wanted, columns)
+        return _tensor(data, wanted, tensor_type)
+    except MemoryError:
+        raise InputError(
+            "data takes more memory than the model's process has; send fewer rows at a time."
+        ) from None
+
+
+def as_they_are(data: list[Any]) -> list[Any]:
+    """Rows for a model that says itself what it takes. Raises InputError."""
+    if not data:
+        raise InputError("data holds no row.")
+    _refuse_large_numbers(data, "data")
+    return data
+
+
+def refuse_wide_texts(texts: list[Any], tensor_type: Any) -> None:
+    """InputError where texts, made an array of one width, would take more than is allowed."""
+    _, count, longest = _values(texts, as_texts=True)
+    _refuse_large(tensor_type, count, longest)
 
 
 def _refuse_what_has_no_shape(data: list[Any]) -> None:
@@ -97,43 +127,168 @@ def _numpy_type(dtype: str | None) -> Any:
 
     told = shown(dtype)
     try:
-        wanted = np.dtype(dtype)
+        # A list of thousands of types takes long to be read, and none is allowed.
+        wanted = np.dtype(dtype) if len(dtype) <= _LONGEST_TYPE_NAME else None
     except (TypeError, ValueError, SyntaxError, LookupError, OverflowError):
-        raise InputError(f"dtype {told} is no numpy type; try float64 or int64.") from None
-    if wanted.hasobject or wanted.kind not in "biufcmMSU" or wanted.itemsize > _LONGEST_TEXT_TYPE:
+        wanted = None
+    if wanted is None:
+        raise InputError(f"dtype {told} is no numpy type; try float64 or int64.")
+    if wanted.hasobject or wanted.kind not in "biufcmMSU":
         raise InputError(f"dtype {told} is not allowed; name a type of plain values.")
     return wanted
+
+
+def _tensor(data: list[Any], wanted: Any, tensor_type: Any) -> Any:
+    """An array, of the type that the model's signature names."""
+    if wanted is None and tensor_type is not None and tensor_type.kind not in "biu":
+        return _array(data, tensor_type)
+    array = _array(data, wanted)
+    if tensor_type is None or array.dtype == tensor_type:
+        return array
+    return _cast_array(array, tensor_type)
+
+
+def _cast_array(array: Any, tensor_type: Any) -> Any:
+    import numpy as np
+
+    if array.dtype.kind == tensor_type.kind and tensor_type.kind in "SU":
+        # A signature's texts have no length.
+        return array
+    if tensor_type.kind in "SU":
+        _refuse_large(tensor_type, array.size, max(_LONGEST_NUMBER, array.itemsize))
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):
+            cast = array.astype(tensor_type)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"data cannot become {tensor_type}, as the model's signature says: "
+            f"{_first_line(error)}."
+        ) from None
+    whole = tensor_type.kind in "biu" and array.dtype.kind in "biuf"
+    if whole and not bool((cast == array).all()):
+        raise InputError(f"data must hold {tensor_type} only, as the model's signature says.")
+    _refuse_infinity(cast)
+    return cast
 
 
 def _array(data: list[Any], wanted: Any) -> Any:
     import numpy as np
 
+    if wanted is None:
+        types = _types(data)
+        if types == {float} and type(data[0]) is list:
+            # As below, twice as fast.
+            values = np.fromiter(chain.from_iterable(data), np.float64, len(data) * len(data[0]))
+            _refuse_infinity(values)
+            # In place: what came of `reshape` would be no array of its own.
+            values.resize((len(data), len(data[0])), refcheck=False)
+            return values
+        if not types <= _NUMBERS:
+            types, count, longest = _values(data)
+            texts = not types.isdisjoint((str, bytes))
+            if texts and (len(types) > 1 or count * longest * _CHARACTER > _LARGEST_TEXTS):
+                return _array_of_objects(data)
+    elif wanted.itemsize == 0:
+        _, count, longest = _values(data, as_texts=True)
+        _refuse_large(wanted, count, longest)
+    elif wanted.itemsize > _WIDEST_NUMBER:
+        _refuse_large(wanted, _values(data)[1])
     try:
         array = np.array(data, dtype=wanted)
-        if wanted is None and array.dtype.kind in "OU":
-            array = _array_of_mixed(data, array)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"data cannot become an array: {_first_line(error)}.") from None
+    if array.dtype.kind == "O":
+        _refuse_large_numbers(array.flat, "data")
+        if wanted is None:
+            array = _array_with_null(array)
     _refuse_infinity(array)
     return array
 
 
-def _array_of_mixed(data: list[Any], array: Any) -> Any:
-    """Numbers with null among them as floats; texts and numbers together as they are."""
+def _types(data: list[Any]) -> set[type]:
+    """Of all values, or of all lists in rows; looked at as a whole."""
+    return set(map(type, chain.from_iterable(data) if type(data[0]) is list else data))
+
+
+def _values(data: list[Any], *, as_texts: bool = False) -> tuple[set[type], int, int]:
+    """The types of the values, however deep; how many there are; the longest text's length.
+
+    With `as_texts`, numbers and all else count as the texts that they would become.
+    """
+    found: set[type] = set()
+    count = longest = 0
+    level = data
+    while True:
+        types = set(map(type, level))
+        lists = []
+        values = level
+        if list in types:
+            types.remove(list)
+            lists = [one for one in level if type(one) is list]
+            values = [one for one in level if type(one) is not list] if types else []
+        found |= types
+        count += len(values)
+        if as_texts:
+            longest = max(longest, max(map(len, map(str, values)), default=0))
+        elif str in types or bytes in types:
+            texts = [one for one in values if isinstance(one, str | bytes)]
+            longest = max(longest, len(max(texts, key=len)))
+        if not lists:
+            return found, count, longest
+        level = list(chain.from_iterable(lists))
+
+
+def _refuse_large(wanted: Any, count: int, longest: int = 0) -> None:
+    """Before there is an array in which each value has the width of the longest."""
+    width = wanted.itemsize or longest * (_CHARACTER if wanted.kind == "U" else 1)
+    if count * width > _LARGEST_TEXTS:
+        raise InputError(
+            f"data would take {count * width // 2**20} MiB as {wanted}, more than the "
+            f"{_LARGEST_TEXTS // 2**20} MiB allowed; send fewer rows, or another dtype."
+        )
+
+
+def _array_of_objects(data: list[Any]) -> Any:
+    """Texts and numbers together as they are, or texts too many for one width."""
     import numpy as np
 
-    if array.dtype.kind == "U":
-        items = np.array(data, dtype=object)
-        return array if all(isinstance(item, str) for item in items.flat) else items
+    try:
+        array = np.array(data, dtype=object)
+    except ValueError as error:
+        raise InputError(f"data cannot become an array: {_first_line(error)}.") from None
+    if any(type(item) is list for item in array.flat):
+        raise InputError("data cannot become an array: its lists differ in length or depth.")
+    _refuse_large_numbers(array.flat, "data")
+    return array
+
+
+def _array_with_null(array: Any) -> Any:
+    """Numbers with null among them as floats; all else as it is."""
+    import numpy as np
+
     if not all(item is None or isinstance(item, int | float) for item in array.flat):
         return array
-    for item in array.flat:
-        if isinstance(item, int) and item not in _INT64:
-            raise InputError(
-                "data holds a whole number beyond 64 bits; write it with a decimal point, or "
-                "give a dtype."
-            )
     return array.astype(np.float64)
+
+
+def _refuse_large_numbers(items: Iterable[Any], where: str) -> None:
+    """Among Python's own objects, however deep, which numpy's types do not bound."""
+    level = list(items)
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if type(item) is list:
+                inner += item
+            elif type(item) is dict:
+                inner += item.values()
+            elif type(item) is int and item not in _INT64:
+                raise InputError(
+                    f"{where} holds a whole number beyond 64 bits; write it with a decimal point, "
+                    "or give a dtype."
+                )
+            elif type(item) is float and math.isinf(item):
+                raise InputError(f"{where} holds a number too big for a float64.")
+        level = inner
 
 
 def _refuse_infinity(array: Any) -> None:
@@ -166,7 +321,7 @@ def _frame_of_doubles(rows: list[Any], columns: list[Column]) -> Any:
     import numpy as np
     import pandas as pd
 
-    array = _array(rows, np.float64)
+    array = _array(rows, np.dtype(np.float64))
     return pd.DataFrame(array, columns=[column.name for column in columns], copy=False)
 
 
@@ -187,6 +342,7 @@ def _frame_of_rows(rows: list[Any], columns: list[Column]) -> Any:
 
 def _typed(frame: Any, wanted: Any, columns: list[Column]) -> Any:
     if wanted is not None:
+        _refuse_large_frame(frame, wanted)
         try:
             frame = frame.astype(wanted)
         except (TypeError, ValueError, OverflowError) as error:
@@ -199,18 +355,27 @@ def _typed(frame: Any, wanted: Any, columns: list[Column]) -> Any:
             cast = _cast_column(values, column)
             if cast is not values:
                 frame[column.name] = cast
-    _refuse_infinite_columns(frame)
+    _refuse_large_numbers_of_columns(frame)
     return frame
 
 
-def _refuse_infinite_columns(frame: Any) -> None:
+def _refuse_large_frame(frame: Any, wanted: Any) -> None:
+    """Pandas casts by an array, also where it keeps texts one by one."""
+    if wanted.itemsize == 0:
+        _refuse_large(wanted, frame.size, max(map(len, map(str, frame.to_numpy().flat))))
+    elif wanted.itemsize > _WIDEST_NUMBER:
+        _refuse_large(wanted, frame.size)
+
+
+def _refuse_large_numbers_of_columns(frame: Any) -> None:
     import numpy as np
 
     for name, type_ in frame.dtypes.items():
+        where = f"Column {shown(str(name))} of data"
         if type_.kind == "f" and np.isinf(frame[name].to_numpy()).any():
-            raise InputError(
-                f"Column {shown(str(name))} of data holds a number too big for a {type_}."
-            )
+            raise InputError(f"{where} holds a number too big for a {type_}.")
+        if type_ == "object":
+            _refuse_large_numbers(frame[name], where)
 
 
 def _cast_column(values: Any, column: Column) -> Any:
@@ -264,7 +429,16 @@ def _to_datetime(values: Any) -> Any:
 
     if values.dtype.kind == "M":
         return values
-    return pd.to_datetime(values) if _holds_only(values, (str,)) else None
+    # Pandas also knows `today`, and no date in an empty text.
+    if not all(isinstance(item, str) and item[:1].isdigit() for item in values.dropna()):
+        return None
+    # Else all are read as the first one looks. Before 2.0, pandas reads each by itself.
+    old = int(pd.__version__.partition(".")[0]) < _FIRST_PANDAS_WITH_ISO
+    try:
+        return pd.to_datetime(values, format=None if old else "ISO8601")
+    except ValueError:
+        # It has much to say about formats, of which this takes one.
+        return None
 
 
 def _to_bytes(values: Any) -> Any:

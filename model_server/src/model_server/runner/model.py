@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .estimators import is_usual, load_estimator
-from .inputs import Column, InputError, model_input
+from .inputs import Column, InputError, as_they_are, model_input, refuse_wide_texts
 from .mlmodel import read_mlmodel
 
 _LONGEST_MESSAGE = 1000
@@ -20,10 +20,21 @@ class Model(ABC):
 
     batching = True
     """Whether callers' rows may go together; a model opts out in its metadata."""
-    numbers_are_alike = False
-    """Whether 1 and 1.0 are the same to it, because its input is cast."""
+    lists_become_floats = False
+    """Whether its signature casts all numbers of rows that are lists, or values, to floats."""
+    records_become_floats = False
+    makes_arrays = False
+    """Whether rows that are lists become one array, in which one float makes floats of all."""
     signature: Any = None
     """MLflow's, where the model has one."""
+
+    def numbers_are_alike(self, data: list[Any], dtype: str | None) -> bool:
+        """Whether 1 and 1.0 in these rows are the same to it, because they are cast."""
+        if dtype is not None:
+            return dtype.startswith("float")
+        if data and isinstance(data[0], dict):
+            return self.records_become_floats
+        return self.lists_become_floats
 
     def predict(
         self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
@@ -57,10 +68,28 @@ class PyfuncModel(Model):
         self.batching = _may_batch(self._model.metadata)
         self.signature = signature = self._model.metadata.signature
         self._schema = signature.inputs if signature else None
-        self.numbers_are_alike = self._schema is not None
         self._takes_params = bool(signature and signature.params)
         # A model with type hints takes the rows as they are.
         self._takes_lists = bool(getattr(signature, "_is_signature_from_type_hint", False))
+        self.makes_arrays = not self._takes_lists
+        if self._schema is not None and not self._takes_lists:
+            named = self._schema.has_input_names()
+            tensors = self._schema.is_tensor_spec()
+            floats = (
+                all(spec.type.kind == "f" for spec in self._schema.inputs)
+                if tensors
+                else _are_floats(_columns(self._schema))
+            )
+            # Columns without a name are not cast, nor are all records and several tensors.
+            self.records_become_floats = floats and named and not tensors
+            self.lists_become_floats = floats and (
+                len(self._schema.inputs) == 1 if tensors else named
+            )
+            self.makes_arrays = tensors or not named
+
+    def numbers_are_alike(self, data: list[Any], dtype: str | None) -> bool:
+        """No `dtype` is of use to a model that takes the rows as they are."""
+        return not self._takes_lists and super().numbers_are_alike(data, dtype)
 
     def ask(
         self, data: list[Any], function: str, dtype: str | None, params: dict[str, Any] | None
@@ -69,7 +98,7 @@ class PyfuncModel(Model):
         columns = None
         if self._schema is not None and not self._schema.is_tensor_spec():
             columns = _columns(self._schema) if self._schema.has_input_names() else None
-        rows = data if self._takes_lists else self._rows(data, dtype, columns)
+        rows = as_they_are(data) if self._takes_lists else self._rows(data, dtype, columns)
         if function == "predict_proba":
             return _probabilities(self._own_model(), rows, columns, params)
         if not params:
@@ -79,11 +108,16 @@ class PyfuncModel(Model):
         return self._model.predict(rows, params=params)
 
     def _rows(self, data: list[Any], dtype: str | None, columns: list[Column] | None) -> Any:
-        tensor_type = None
-        if self._schema is not None and self._schema.is_tensor_spec():
-            specs = self._schema.inputs
-            tensor_type = specs[0].type if len(specs) == 1 else None
-        return model_input(data, dtype=dtype, columns=columns, tensor_type=tensor_type)
+        if self._schema is None or not self._schema.is_tensor_spec():
+            return model_input(data, dtype=dtype, columns=columns)
+        specs = self._schema.inputs
+        tensor_type = specs[0].type if len(specs) == 1 else None
+        rows = model_input(data, dtype=dtype, tensor_type=tensor_type)
+        for spec in specs if hasattr(rows, "columns") else ():
+            # MLflow makes an array of each column.
+            if spec.type.kind in "SU" and spec.name in rows.columns:
+                refuse_wide_texts(rows[spec.name].tolist(), spec.type)
+        return rows
 
     def _own_model(self) -> Any:
         """The model inside MLflow's wrapper, where the wrapper gives it away."""
@@ -100,8 +134,6 @@ class PyfuncModel(Model):
 class SklearnModel(Model):
     """A scikit-learn estimator, as it was trained."""
 
-    numbers_are_alike = True
-
     def __init__(self, folder: Path) -> None:
         self._model, metadata = _load_estimator(folder)
         self.batching = _may_batch(metadata)
@@ -115,6 +147,9 @@ class SklearnModel(Model):
         self._columns = (
             None if names is None else [Column(str(name), types.get(str(name))) for name in names]
         )
+        floats = bool(self._columns) and _are_floats(self._columns or [])
+        self.lists_become_floats = self.records_become_floats = floats
+        self.makes_arrays = not self._columns
         if self._columns:
             # Needed with the first request.
             import pandas  # noqa: F401, ICN001
@@ -165,6 +200,10 @@ def load_model(folder: Path, flavor: str) -> Model:
 
 def _columns(schema: Any) -> list[Column]:
     return [Column(str(spec.name), getattr(spec.type, "name", None)) for spec in schema.inputs]
+
+
+def _are_floats(columns: list[Column]) -> bool:
+    return all(column.type in ("double", "float") for column in columns)
 
 
 def _in_order(rows: Any, columns: list[Column] | None) -> Any:

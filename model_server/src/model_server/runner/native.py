@@ -37,6 +37,7 @@ def read_native(body: bytes) -> Question:
         dtype=dtype,
         params=params,
         reply=_reply,
+        body=body,
     )
 
 

@@ -12,7 +12,8 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
+from operator import mul
 from typing import Any
 
 from .inputs import InputError, shown
@@ -40,6 +41,12 @@ _COLUMN_DATATYPES = {
 _CONTENT_TYPES = ("np", "pd", "str", "base64", "datetime")
 _MOST_DIMENSIONS = 32
 _LARGEST_SIZE = 2**31
+_USUAL_DIMENSIONS = 5
+"""With so many, a shape nests its values into four times as many lists, at most."""
+_FEW_LISTS = 4096
+_MOST_LISTS = 2**23
+_MOST_RECORDS = 2**22
+"""As many as 32 MiB of the native protocol's JSON hold; of both, more would take gigabytes."""
 
 
 @dataclass
@@ -57,9 +64,17 @@ class _Tensor:
             rows = [rows[start : start + size] for start in range(0, len(rows), size)]
         return rows
 
+    def lists(self) -> int:
+        """How many lists the nested rows take, each of which is larger than many values."""
+        return sum(accumulate(self.shape[:-1], mul))
+
     def column(self) -> list[Any]:
         """One item a row: a value where there is one."""
-        return self.values if math.prod(self.shape[1:]) == 1 else self.rows()
+        return self.values if self.is_plain() else self.rows()
+
+    def is_plain(self) -> bool:
+        """Whether each row has one value."""
+        return math.prod(self.shape[1:]) == 1
 
 
 def read_inference(body: bytes) -> Question:
@@ -77,16 +92,21 @@ def read_inference(body: bytes) -> Question:
         types.add(type_)
     binary.end()
     function, names = _wanted(request, parameters)
-    params = parameters.get("params")
+    id_, params = request.get("id"), parameters.get("params")
+    if not isinstance(id_, str | None):
+        raise InputError(f"id must be a text, not {json_type(id_)}.")
     if not isinstance(params, dict | None):
         raise InputError(f"The parameter params must be an object, not {json_type(params)}.")
     as_columns = len(tensors) > 1 or content_type == "pd" or "pd" in types
+    if len(body) > _MOST_LISTS // _USUAL_DIMENSIONS:
+        _refuse_many_lists([one for one in tensors if not (as_columns and one.is_plain())])
     return Question(
         data=_records(tensors) if as_columns else tensors[0].rows(),
         function=function,
         dtype=_dtype(parameters, None if as_columns else tensors[0]),
         params=params,
-        reply=_Reply(function, names, request.get("id")),
+        reply=_Reply(function, names, id_),
+        body=body,
     )
 
 
@@ -166,7 +186,22 @@ def _read_tensor(
         )
     if "base64" in (content_type, request_type) and datatype == "BYTES":
         values = _from_base64(values, told)
-    return _Tensor(name, datatype, shape, values), content_type
+    tensor = _Tensor(name, datatype, shape, values)
+    if len(shape) > _USUAL_DIMENSIONS and tensor.lists() > max(_FEW_LISTS, 4 * len(values)):
+        raise InputError(
+            f"Input {told}: the shape {shape} makes {tensor.lists()} lists of {len(values)} "
+            "values; leave out sizes of 1."
+        )
+    return tensor, content_type
+
+
+def _refuse_many_lists(tensors: list[_Tensor]) -> None:
+    lists = sum(tensor.lists() for tensor in tensors)
+    if lists > _MOST_LISTS:
+        raise InputError(
+            f"The shapes of the inputs make {lists} lists, more than {_MOST_LISTS}; send fewer "
+            "rows at a time."
+        )
 
 
 def _shape(shape: Any, told: str) -> list[int]:
@@ -274,6 +309,8 @@ def _records(tensors: list[_Tensor]) -> list[dict[str, Any]]:
                 f"Input {shown(tensor.name)} has {tensor.shape[0]} rows, but "
                 f"{shown(tensors[0].name)} has {rows}."
             )
+    if rows > _MOST_RECORDS:
+        raise InputError(f"{rows} rows of columns are too many; send {_MOST_RECORDS} at a time.")
     columns = [tensor.column() for tensor in tensors]
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -300,6 +337,8 @@ def _wanted(request: dict[str, Any], parameters: dict[str, Any]) -> tuple[str, l
     ]
     if not all(isinstance(name, str) for name in names):
         raise InputError("Every output needs a name.")
+    if len(set(names)) < len(names):
+        raise InputError("An output is asked for twice.")
     functions = {name for name in names if name in FUNCTIONS}
     function = parameters.get("predict_function")
     if function is not None:
@@ -317,7 +356,7 @@ class _Reply:
 
     function: str
     names: list[str]
-    id: Any
+    id: str | None
 
     def __call__(self, prediction: Any) -> bytes:
         outputs = _outputs(prediction, self.function)
@@ -333,7 +372,7 @@ class _Reply:
                 )
             outputs = [found[name] for name in self.names]
         answer: dict[str, Any] = {"outputs": outputs}
-        if isinstance(self.id, str):
+        if self.id is not None:
             answer["id"] = self.id
         return to_json(answer)
 

@@ -199,8 +199,8 @@ class RunnerProcess:
                     self._reply(slot, _refusal(wire.INPUT_ERROR, f"There is no frame {kind!r}."))
             if batcher:
                 connections = {}
-                for slot, rows, answer in batcher.answer_next():
-                    slot.frame = _frame(rows, answer)
+                for slot, rows, call_rows, answer in batcher.answer_next():
+                    slot.frame = _frame(rows, call_rows, answer)
                     connections[id(slot.connection)] = slot.connection
                 for connection in connections.values():
                     self._conversations.send(connection)
@@ -242,10 +242,10 @@ class RunnerProcess:
                 told = True
 
 
-def _frame(rows: int, answer: Answer) -> bytes:
+def _frame(rows: int, call_rows: int, answer: Answer) -> bytes:
     if isinstance(answer, bytes):
         try:
-            return wire.pack_answer(rows, answer)
+            return wire.pack_answer(rows, call_rows, answer)
         except wire.FrameError:
             message = f"The model's answer, {len(answer)} bytes, is too large to be sent."
             return _refusal(wire.MODEL_ERROR, message)

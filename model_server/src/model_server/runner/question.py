@@ -27,6 +27,8 @@ class Question:
 
     Raises NoJsonFormError, or InputError where an output is asked for that there is not.
     """
+    body: bytes = b""
+    """As it came, where it did; equal ones are the same question."""
 
 
 def read_object(text: bytes | memoryview) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import sys
 import uuid
 from typing import Any
 
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
 
 class NoJsonFormError(Exception):
     """The value cannot be told in JSON."""
@@ -23,7 +25,7 @@ class NoJsonFormError(Exception):
 def to_json(value: Any) -> bytes:
     """The value as a JSON document, or NoJsonFormError."""
     try:
-        text = json.dumps(plain(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = _ENCODER.encode(plain(value))
     except RecursionError:
         raise NoJsonFormError("The model's answer is nested too deeply for JSON.") from None
     except NoJsonFormError:
@@ -63,7 +65,7 @@ def _less_plain(value: Any) -> Any:
         return str(value) if value.is_finite() else None
     if isinstance(value, uuid.UUID):
         return str(value)
-    for convert in (_from_pandas, _from_numpy):
+    for convert in (_from_numpy, _from_pandas):
         known, converted = convert(value)
         if known:
             return converted

@@ -2,7 +2,8 @@
 
 A frame is four bytes of length (big endian), one byte that says what it is, and its content. A
 worker may send many frames before it reads; a connection's answers come in the order of its
-questions. JSON is passed on without looking into it.
+questions. JSON is passed on without looking into it. A kind whose content changes gets another
+letter: a worker of one version and a runner of another refuse each other, and never misread.
 """
 
 import struct
@@ -15,9 +16,11 @@ PREDICT = b"P"
 INFER = b"I"
 """The content is the body of an inference request of the Open Inference Protocol."""
 
-ANSWER = b"+"
-"""To `PREDICT` and `INFER`: four bytes with the number of rows (big endian), then JSON for the
-caller."""
+ANSWER = b"="
+"""To `PREDICT` and `INFER`: two numbers, four bytes each (big endian), then JSON for the caller.
+
+The first number is that of the caller's rows. The second one is told by the first answer of each
+call of the model: all the rows that the call was about. It is 0 in the call's other answers."""
 DESCRIPTION = b"d"
 """To `DESCRIBE`: an object with `inputs`, `outputs`, `flavor` and `batching`."""
 REFUSAL = b"-"
@@ -33,7 +36,11 @@ FROM_RUNNER = {ANSWER: 128 * 2**20, DESCRIPTION: 2**20, REFUSAL: 2**20}
 """All that a runner sends, and the largest content of each. A worker keeps an answer whole and has
 other callers: four times the largest question, by default, is enough for any sensible one."""
 
+MOST_JOINED_ROWS = 4096
+"""Of a call of the model for several callers together."""
+
 _LENGTH = struct.Struct("!I")
+_ROWS = struct.Struct("!II")
 
 
 class FrameError(Exception):
@@ -47,16 +54,22 @@ def pack(kind: bytes, content: bytes = b"") -> bytes:
     return _LENGTH.pack(len(content) + 1) + kind + content
 
 
-def pack_answer(rows: int, body: bytes) -> bytes:
+def pack_answer(rows: int, call_rows: int, body: bytes) -> bytes:
     """The bytes of an answer to a prediction."""
-    return pack(ANSWER, _LENGTH.pack(rows) + body)
+    return pack(ANSWER, _ROWS.pack(rows, call_rows) + body)
 
 
-def unpack_answer(content: bytes) -> tuple[int, bytes]:
-    """The number of rows and the body of an answer to a prediction."""
-    if len(content) < _LENGTH.size:
-        raise FrameError("an answer has at least four bytes")
-    return _LENGTH.unpack_from(content)[0], content[_LENGTH.size :]
+def unpack_answer(content: bytes, asked: int) -> tuple[int, int, bytes]:
+    """The caller's rows, the call's and the body of an answer to a question of so many bytes.
+
+    Raises `FrameError` for numbers that cannot be: a row is at least a byte.
+    """
+    if len(content) < _ROWS.size:
+        raise FrameError("an answer has at least eight bytes")
+    rows, call_rows = _ROWS.unpack_from(content)
+    if rows > asked or (call_rows and not rows <= call_rows <= max(rows, MOST_JOINED_ROWS)):
+        raise FrameError(f"{asked} bytes cannot be {rows} rows in a call of {call_rows}")
+    return rows, call_rows, content[_ROWS.size :]
 
 
 class FrameReader:
