@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Start and stop model runners on behalf of the model server: one request, one answer, over.
+"""Start and stop model runners for the model server, and tell why one failed: one request, over.
 
 Runs as root behind a socket that only the model server's account may open, and trusts that account
 with nothing: a request names a runner and two folders by their digests, and is refused unless it is
@@ -7,12 +7,14 @@ one of
 
     start NAME FLAVOR MODEL ENVIRONMENT
     stop NAME
+    lines NAME
 
 The folders are opened below the model server's state without following a single link, and bound
 from their open descriptors to a place of root's own, where the runner's unit takes them from. What
 the account renames or links meanwhile changes nothing: it can hand a runner its own folders only.
 
-The answer is `ok`, or `no` and a sentence.
+The answer is `ok`, or `no` and a sentence. To `lines` it goes on with the end of what the runner's
+last process wrote to the journal, which the account may not read.
 """
 
 import ctypes
@@ -29,8 +31,11 @@ REQUEST = re.compile(
     r"start (?P<start>[a-z0-9][a-z0-9-]{0,21}) (?P<flavor>pyfunc|sklearn)"
     r" (?P<model>[0-9a-f]{32}) (?P<environment>[0-9a-f]{32})\n"
     r"|stop (?P<stop>[a-z0-9][a-z0-9-]{0,21})\n"
+    r"|lines (?P<lines>[a-z0-9][a-z0-9-]{0,21})\n"
 )
 LONGEST_REQUEST = 256
+LINES = 10
+LONGEST_LINES = 8192
 
 MS_BIND = 0x1000
 MNT_DETACH = 0x2
@@ -48,23 +53,26 @@ class RefusedError(Exception):
 def main(state: Path, runners: Path) -> None:
     """Answer the request on standard input; `runners` is the folder of root's own."""
     try:
-        answer(os.read(0, LONGEST_REQUEST), state, runners)
+        told = answer(os.read(0, LONGEST_REQUEST), state, runners)
     except RefusedError as refusal:
         print("no", refusal)
     else:
-        print("ok")
+        print("ok", told, sep="\n")
 
 
-def answer(line: bytes, state: Path, runners: Path) -> None:
-    """Do what one line asks for."""
+def answer(line: bytes, state: Path, runners: Path) -> str:
+    """Do what one line asks for; return what it asks to be told."""
     request = REQUEST.fullmatch(line.decode("ascii", errors="replace"))
     if request is None:
         raise RefusedError("This is no request.")
+    if request["lines"]:
+        return last_lines(request["lines"])
     name = request["start"] or request["stop"]
     with exclusive(runners / name) as place:
         stop(name, place)
         if request["start"]:
             start(name, place, state, request.groupdict())
+    return ""
 
 
 def start(name: str, place: Path, state: Path, request: dict[str, str]) -> None:
@@ -88,6 +96,18 @@ def stop(name: str, place: Path) -> None:
     for target in FOLDERS:
         while (place / target).exists() and unmount(place / target):
             pass
+
+
+def last_lines(name: str) -> str:
+    """Return what a runner's last process wrote: no other process's, nor an earlier one's."""
+    unit = f"odsp-model_runner@{name}.service"
+    invocation = output("systemctl", "show", "--property=InvocationID", "--value", unit).strip()
+    if not invocation:
+        return ""
+    # What was written a moment ago may still be on its way.
+    output("journalctl", "--sync")
+    options = ("--quiet", "--no-pager", "--output=cat", f"--lines={LINES}")
+    return output("journalctl", *options, f"_SYSTEMD_INVOCATION_ID={invocation}")[-LONGEST_LINES:]
 
 
 @contextmanager
@@ -128,6 +148,19 @@ def mount(source: str, target: Path) -> None:
 def unmount(target: Path) -> bool:
     """Take away what is bound to a folder; tell whether there was something."""
     return not libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW)
+
+
+def output(*command: str) -> str:
+    """Return what a program tells, or nothing."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return done.stdout
 
 
 def systemctl(verb: str, *units: str, must: bool = True) -> None:
