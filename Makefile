@@ -62,6 +62,10 @@ test-all: controller ## all of it: test and molecule with their long tests, a ra
 	@.venv/bin/python molecule/mutate.py
 	@$(MAKE) --no-print-directory docs
 
+.PHONY: bench
+bench: controller ## the model server beside its peers: docs/serving.md; 20 idle minutes, wrk, 4 GB
+	@python3 bench/serving/run.py --docs
+
 .PHONY: docs
 docs: controller ## what is generated: the roles' tables of inputs, reliability, mutations
 	@.venv/bin/python docs/role_readmes.py

@@ -320,6 +320,8 @@ def settings(root: Path, state: Path, release: str, pytest_options: str) -> dict
     """Return what molecule is told by its environment: which checkout, state, release and tests."""
     return {
         "ODSP_DEBIAN_RELEASE": release,
+        # Short, for it is part of the paths of sockets.
+        "ODSP_RUN": hashlib.sha256(str(state).encode()).hexdigest()[:8],
         "ANSIBLE_CONFIG": str(root / "ansible.cfg"),
         "MOLECULE_EPHEMERAL_DIRECTORY": str(state),
         "MOLECULE_PROJECT_DIRECTORY": str(root),

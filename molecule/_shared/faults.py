@@ -18,6 +18,13 @@ from playbook import inventories
 from scenario import TLS, main_pid, name_of, secrets, wait_until
 
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
+# Under what Debian 12 has of it, Python's own time.sleep() ends with an error.
+SLEEP = """
+import select, time
+def sleep(seconds):
+    select.select([], [], [], seconds)
+time.sleep = sleep
+"""
 
 # Eats more than the unit may have, as a part of the unit; the kernel is told whom to end first.
 EATER = """
@@ -41,10 +48,14 @@ class SmallDisk:
     def fill(self) -> None:
         """Leave not a single block."""
         filler = f"{self.folder}/.odsp-filler"
-        for block in ("1M", "4k"):
-            self.host.run(f"dd if=/dev/zero bs={block} conv=notrunc oflag=append of={filler}")
-        free = self.host.check_output(f"stat -f -c %a {self.folder}")
-        assert int(free) == 0, f"{free} blocks are left on {self.folder}"
+
+        def is_full() -> bool:
+            """Write until no block is left; what runs there may have freed one meanwhile."""
+            for block in ("1M", "4k"):
+                self.host.run(f"dd if=/dev/zero bs={block} conv=notrunc oflag=append of={filler}")
+            return int(self.host.check_output(f"stat -f -c %a {self.folder}")) == 0
+
+        wait_until(is_full)
 
     def free(self) -> None:
         """Make room again."""
@@ -94,6 +105,15 @@ def memory_limit(host: Any, unit: str, mib: int) -> Iterator[None]:
     finally:
         host.check_output(f"rm -rf /run/systemd/system.control/{unit}.d; systemctl daemon-reload")
         assert host.check_output(shown).strip() == own
+
+
+def assert_limits_hold(host: Any) -> None:
+    """This host heeds the limits of units at all: some containers do not."""
+    run = "systemd-run --quiet --wait --pipe --property"
+    eat = f"{run} MemoryMax=64M python3 -c 'print(len(bytes([1]) * 2**28))'"
+    assert "268435456" not in host.run(f"{eat} || true").stdout, "MemoryMax is not heeded here"
+    fork = f"{run} TasksMax=5 sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 60 & done'"
+    assert "fork" in host.run(f"{fork} || true").stderr.lower(), "TasksMax is not heeded here"
 
 
 @contextmanager
@@ -183,11 +203,24 @@ def faketime(host: Any, file: str) -> str:
     )
 
 
+def pythons_waits(host: Any, file: str) -> str:
+    """Return the environment in which a program of Python with many threads waits under that clock.
+
+    It finds in the folder `<file>.d` how to sleep. Without FAKETIME_WAIT_MS, what Debian has of the
+    library ends waits by the monotonic clock at once: threads wait 5 ms for each other.
+    """
+    text = shlex.quote(SLEEP)
+    host.check_output(f"mkdir -p {file}.d && printf %s {text} > {file}.d/sitecustomize.py")
+    return f"FAKETIME_WAIT_MS=5 PYTHONPATH={file}.d"
+
+
 @contextmanager
-def clock(host: Any, unit: str) -> Iterator[Clock]:
+def clock(host: Any, unit: str, *, python: bool = False) -> Iterator[Clock]:
     """Run the unit with a clock that a test can move while it runs; for dynamic programs only."""
     file, folder = f"/run/odsp-clock-{unit}", f"/run/systemd/system/{unit}.d"
     settings = faketime(host, file)
+    if python:
+        settings += f" {pythons_waits(host, file)}"
     moved = Clock(host, file)
     moved.jump(0)
 
@@ -203,7 +236,7 @@ def clock(host: Any, unit: str) -> Iterator[Clock]:
         wait_until(is_faked)
         yield moved
     finally:
-        host.run(f"rm -rf {folder} {file}; systemctl daemon-reload; systemctl reset-failed {unit}")
+        host.run(f"rm -rf {folder} {file}*; systemctl daemon-reload; systemctl reset-failed {unit}")
         host.check_output(f"systemctl restart {unit}")
 
 

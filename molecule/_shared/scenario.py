@@ -50,6 +50,8 @@ __all__ = [
 
 TLS = "/etc/odsp/tls"
 CA = f"{TLS}/ca.crt"
+#: Where a program that works meanwhile has its files.
+AT_WORK = "/run/at-work"
 
 # Looks at all processes again and again; tells what those are called that are given a secret.
 WATCHER = """
@@ -67,8 +69,34 @@ while os.path.exists(v["running"]):
         if secret.search(given):
             told = secret.sub(lambda one: b"<needle %d>" % needles.index(one[0]), given)
             seen.add(told.decode(errors="replace"))
+            pathlib.Path(v["running"] + ".seen").write_text("\\n".join(seen))
     time.sleep(0.005)
 print(json.dumps(sorted(seen)))
+"""
+
+# Shakes hands, then waits for the server's opinion of the client: it sends a ticket, or an alert.
+HANDSHAKE = """
+import socket, ssl, time
+said, tls = [], ssl.create_default_context(cafile=v["ca"])
+tls.check_hostname = False
+if v["pair"]:
+    tls.load_cert_chain(v["pair"] + ".crt", v["pair"] + ".key")
+address, port = v["where"].rsplit(":", 1)
+with socket.create_connection((address, int(port)), timeout=30) as plain:
+    try:
+        with tls.wrap_socket(plain) as end:
+            said.append("Verification: OK")
+            end.settimeout(0.1)
+            over = time.monotonic() + 30
+            while not end.session.has_ticket and time.monotonic() < over:
+                try:
+                    end.recv(1)
+                    break
+                except TimeoutError:
+                    pass
+    except (ssl.SSLError, ConnectionError) as refusal:
+        said.append(str(refusal))
+print(json.dumps(said))
 """
 
 
@@ -78,9 +106,12 @@ def name_of(host: Any) -> str:
 
 
 def journal(host: Any, unit: str, since: float | None = None) -> str:
-    """Return the unit's last lines, or all since a time on the host (seconds since 1970)."""
+    """Return the unit's last lines, or all since a time on the host (seconds since 1970).
+
+    What was written before is among them: lines on their way to the journal are waited for.
+    """
     which = "--lines 50" if since is None else f"--since @{since:.6f}"
-    return str(host.run(f"journalctl --no-pager --unit {unit} {which}").stdout)
+    return str(host.run(f"journalctl --sync; journalctl --no-pager --unit {unit} {which}").stdout)
 
 
 def assert_confined(
@@ -105,7 +136,7 @@ def assert_confined(
     assert float(score[1]) <= exposure, verdict
 
 
-def wait_until(question: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(question: Callable[[], Any], seconds: float = 120) -> None:
     """Ask until the answer is yes; fail when it never is."""
     deadline = time.monotonic() + seconds
     while not question():
@@ -171,7 +202,7 @@ def at_work(
     Yields a function that removes that file, waits for the program's end and returns its last
     line, read as JSON.
     """
-    unit, folder = "at-work.service", "/run/at-work"
+    unit, folder = "at-work.service", AT_WORK
     running, shown = f"{folder}/running", "systemctl show --value --property"
     written, outputs = program(code, {**values, "running": running}), ("said", "complained")
     host.check_output(
@@ -224,21 +255,18 @@ def foreign_pair(host: Any, name: str) -> Iterator[str]:
 
 
 def handshake(host: Any, where: str, pair: str = "") -> str:
-    """Return what openssl says of a connection to an address and port, held open for a moment.
+    """Return what a client hears of TLS at an address and port: that all is well, or a refusal.
 
     `pair` is the path of a certificate and its key, less .crt and .key.
     """
-    own = f"-cert {pair}.crt -key {pair}.key" if pair else ""
-    command = f"openssl s_client -connect {where} -CAfile {CA} {own}"
-    words = "grep -aoE 'Verification: OK|certificate required|alert unknown ca|wrong version'"
-    return str(host.run(f"(sleep 1; echo; sleep 1) | timeout 10 {command} 2>&1 | {words}").stdout)
+    return "".join(f"{line}\n" for line in python(host, HANDSHAKE, where=where, pair=pair, ca=CA))
 
 
 def refuses_strangers(address: str, port: int) -> str:
     """Ask from another host, by TLS but without a certificate; return how the server refuses."""
     context = ssl.create_default_context(cadata=secrets()["vault_ca_certificate"])
     with (
-        socket.create_connection((address, port), timeout=5) as raw,
+        socket.create_connection((address, port), timeout=30) as raw,
         context.wrap_socket(raw, server_hostname=address) as connection,
     ):
         try:
@@ -277,18 +305,28 @@ def places_of(host: Any, *given: str) -> list[str]:
 def watched_arguments(host: Any, *given: str) -> Iterator[None]:
     """Watch what processes of the host are given as arguments: no secret may be among it.
 
-    All are looked at every few milliseconds. Two marks, shown for a tenth of a second each, less
-    than a task of Ansible takes, prove that this sees something, from the beginning to the end.
+    All are looked at every few milliseconds. Two marks, shown for a tenth of a second, less than a
+    task of Ansible takes, and again until they are seen, prove that this sees something, from the
+    beginning to the end.
     """
     assert all(len(secret) >= 8 for secret in given), "too short to be looked for"
     marks, needles = [uuid.uuid4().hex, uuid.uuid4().hex], "/root/odsp-watched"
     text = base64.b64encode("\n".join([*marks, *given]).encode()).decode()
+
+    def show(number: int) -> None:
+        def is_noticed() -> bool:
+            """Show a mark; tell whether the watcher has seen it."""
+            host.check_output(f"sleep 0.1; : {marks[number]}")
+            return bool(host.run(f"grep -qF '<needle {number}>' {AT_WORK}/running.seen").rc == 0)
+
+        wait_until(is_noticed, 20)
+
     host.check_output(f"umask 077; echo {text} | base64 -d > {needles}")
     try:
         with at_work(host, WATCHER, seconds=300, needles=needles) as end:
-            host.check_output(f"sleep 0.1; : {marks[0]}")
+            show(0)
             yield
-            host.check_output(f"sleep 0.1; : {marks[1]}")
+            show(1)
             seen = end()
     finally:
         host.check_output(f"rm -f {needles}")
@@ -317,7 +355,7 @@ def podman(*arguments: str) -> None:
     subprocess.run([*sudo, "podman", *arguments], check=True, capture_output=True, env=environment)
 
 
-def reboot(host: Any, seconds: float = 120) -> None:
+def reboot(host: Any, seconds: float = 300) -> None:
     """Restart the host and wait until it has started everything that it starts by itself."""
     machine = json.loads((Path(os.environ["ODSP_STATE_DIR"]) / "machine.json").read_text())
     name = name_of(host)

@@ -273,7 +273,7 @@ class Platform:
         tls = ssl.create_default_context(cafile=self.ca)
         address = self.addresses[host]
         with (
-            socket.create_connection((address, port), 10) as plain,
+            socket.create_connection((address, port), 60) as plain,
             tls.wrap_socket(plain, server_hostname=name or address) as secure,
         ):
             certificate: Mapping[str, Any] = secure.getpeercert() or {}

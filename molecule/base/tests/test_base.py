@@ -40,7 +40,7 @@ while True:
 CLIENT = """
 import socket, ssl, sys
 context = ssl.create_default_context(cafile=sys.argv[2] or None)
-plain = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10)
+plain = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60)
 with context.wrap_socket(
     plain, server_hostname="service.test", suppress_ragged_eofs=False
 ) as peer:

@@ -31,7 +31,7 @@ import socket, ssl
 listener = socket.create_server(("0.0.0.0", 8443))
 while True:
     connection, _ = listener.accept()
-    connection.settimeout(10)
+    connection.settimeout(60)
     try:
         context = ssl.create_default_context(
             ssl.Purpose.CLIENT_AUTH, cafile="/etc/odsp/tls/ca.crt"
@@ -52,7 +52,7 @@ context = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
 if sys.argv[2]:
     context.load_cert_chain(sys.argv[2])
 with context.wrap_socket(
-    socket.create_connection(("127.0.0.1", 8443), timeout=10), server_hostname=sys.argv[1]
+    socket.create_connection(("127.0.0.1", 8443), timeout=60), server_hostname=sys.argv[1]
 ) as peer:
     print(peer.recv(5).decode())
 """
@@ -263,7 +263,7 @@ def test_run_that_is_cut_off_leaves_the_old_pair(host: Any) -> None:
         return bool(host.run(f"test -e {PATH}.key.new && sh -c {shlex.quote(idle)}").rc == 0)
 
     try:
-        scenario.wait_until(waits)
+        scenario.wait_until(waits, 180)
     finally:
         os.killpg(run.pid, signal.SIGKILL)
         host.run("pkill -KILL -xf 'sh -s'")

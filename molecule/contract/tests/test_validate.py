@@ -397,13 +397,13 @@ def test_refuses_secrets_in_plain_text_elsewhere(
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve a program of this machine, two minutes at most; return its URL."""
+    """Serve a program of this machine, ten minutes at most; return its URL."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("ODSP_CACHE_DIR", str(tmp_path / "cache"))
     folder = tmp_path / "store"
     folder.mkdir()
     shutil.copy("/bin/sh", folder / "minio")
-    command = ["timeout", "120", sys.executable, "-u", "-m", "http.server", "0"]
+    command = ["timeout", "600", sys.executable, "-u", "-m", "http.server", "0"]
     with (
         (tmp_path / "store.log").open("w") as log,
         subprocess.Popen(

@@ -35,13 +35,15 @@ def connect():
     return Client(v["url"], security=security, timeout=v["timeout"])
 
 def own():
-    words = ("name", "nanny", "status", "nthreads", "memory_limit", "resources", "last_seen")
+    words = ("name", "status", "nthreads", "memory_limit", "resources", "last_seen",
+             "local_directory")
     known = client.scheduler_info(n_workers=-1)["workers"].items()
     return {address: {word: worker[word] for word in words}
             for address, worker in known if worker["host"] == v["address"]}
 
-def nannies():
-    return {worker["nanny"]: worker["last_seen"] for worker in own().values()}
+# When each was heard of; by its folder, which only it ever has: a port may come again.
+def folders():
+    return {worker["local_directory"]: worker["last_seen"] for worker in own().values()}
 """
 CONNECTED = CLIENT + "client = connect()\n"
 
@@ -86,7 +88,7 @@ def given(inputs: Inputs, **more: Any) -> dict[str, Any]:
         "keys": sorted(inputs["dask_worker_environment"]),
         "ca": scenario.CA,
         "pair": PAIR,
-        "timeout": 30,
+        "timeout": 100,
     }
     return {**own, **more}
 
@@ -102,20 +104,20 @@ def workers_of(host: Any, inputs: Inputs) -> list[Any]:
 
 
 def joined(
-    host: Any, inputs: Inputs, expected: int, *, former: Iterable[str] = (), seconds: float = 60
+    host: Any, inputs: Inputs, expected: int, *, former: Iterable[str] = (), seconds: float = 120
 ) -> list[str]:
     """Wait until the scheduler knows so many workers of the inputs' host, none of the former ones.
 
-    Returns the addresses of their nannies.
+    Returns their folders, of which every process has another.
     """
     wait_for = """
 def right():
-    present = set(nannies())
+    present = set(folders())
     return len(present) == v["expected"] and not present & set(v["former"])
 deadline = time.monotonic() + v["seconds"]
 while not right() and time.monotonic() < deadline:
     time.sleep(0.2)
-print(json.dumps(sorted(nannies())))
+print(json.dumps(sorted(folders())))
 """
     own = {"expected": expected, "former": list(former), "seconds": seconds}
     found = list(ask(host, inputs, wait_for, **own))
@@ -124,9 +126,12 @@ print(json.dumps(sorted(nannies())))
 
 
 def pids(host: Any, inputs: Inputs) -> list[int]:
-    """Return the worker processes of the inputs' host."""
-    code = "print(json.dumps(list(client.run(os.getpid, workers=list(own())).values())))"
-    return sorted(ask(host, inputs, code))
+    """Return the worker processes of the inputs' host that answer."""
+    code = """
+found = client.run(os.getpid, workers=list(own()), on_error="ignore")
+print(json.dumps(sorted(found.values())))
+"""
+    return list(ask(host, inputs, code))
 
 
 def processes(host: Any) -> int:
@@ -136,7 +141,7 @@ def processes(host: Any) -> int:
 
 def compute(host: Any, inputs: Inputs) -> None:
     """A task on the inputs' host gives the right answer."""
-    code = "print(client.submit(sum, [19, 23], pure=False, workers=list(own())).result(20))"
+    code = "print(client.submit(sum, [19, 23], pure=False, workers=list(own())).result(60))"
     assert ask(host, inputs, code) == 42
 
 
@@ -210,8 +215,8 @@ def test_plain_tcp_is_not_answered(host: Any, inputs: Inputs) -> None:
 import asyncio
 from distributed.core import rpc
 async def identity(address):
-    async with rpc(address, timeout=10) as worker:
-        return await asyncio.wait_for(worker.identity(), 10)
+    async with rpc(address, timeout=60) as worker:
+        return await asyncio.wait_for(worker.identity(), 60)
 answers = []
 for address in own():
     try:
@@ -222,19 +227,23 @@ print(json.dumps(answers, default=str))
 """
     since, expected = time.time(), int(inputs["dask_worker_processes"])
     assert ask(host, inputs, code) == ["CommClosedError"] * expected
-    journal = scenario.journal(host, UNIT, since=since)
-    assert journal.count("WRONG_VERSION_NUMBER") == expected, journal
+
+    def told_why() -> bool:
+        """Tell whether every worker has written why."""
+        said = scenario.journal(host, UNIT, since=since)
+        return said.count("WRONG_VERSION_NUMBER") == expected
+
+    scenario.wait_until(told_why)
 
 
 def test_stopping_takes_the_workers_out_and_starting_brings_them_back(
     host: Any, inputs: Inputs
 ) -> None:
     """A stop is orderly and quick; the cluster forgets the workers at once."""
-    began = time.monotonic()
     with faults.stopped(host, UNIT):
-        assert time.monotonic() - began < 25
+        # Else systemd had to kill them, after half a minute.
         assert host.service(UNIT).systemd_properties["Result"] == "success"
-        joined(host, inputs, 0, seconds=10)
+        joined(host, inputs, 0, seconds=30)
     joined(host, inputs, int(inputs["dask_worker_processes"]))
 
 
@@ -270,13 +279,13 @@ print(json.dumps(list(client.run(close, workers=list(own())).values())))
 def test_a_farewell_costs_nobody_else_the_scheduler(host: Any, inputs: Inputs) -> None:
     """While one connection ends, others go on: every restart brings every worker, and it stays."""
     stay = """
-former, deadline = nannies(), time.monotonic() + 30
+former, deadline = folders(), time.monotonic() + 60
 present, heard = former, 0
 # Connections that broke were noticed after two seconds.
 while set(present) == set(former) and heard < 3 and time.monotonic() < deadline:
     time.sleep(0.2)
-    present = nannies()
-    heard = min(present.get(nanny, 0) - seen for nanny, seen in former.items())
+    present = folders()
+    heard = min(present.get(folder, 0) - seen for folder, seen in former.items())
 print(json.dumps([sorted(present), heard]))
 """
     for _ in range(2):
@@ -289,7 +298,7 @@ print(json.dumps([sorted(present), heard]))
 def test_a_worker_that_leaves_comes_back(host: Any, inputs: Inputs) -> None:
     """A host has all its workers or is on its way to them, whoever retired one."""
     retire = """
-former = nannies()
+former = folders()
 client.retire_workers(list(own())[:1], close_workers=True)
 print(json.dumps(sorted(former)))
 """
@@ -318,7 +327,7 @@ def test_a_killed_worker_process_comes_back_alone(host: Any, inputs: Inputs) -> 
         now = pids(host, inputs)
         return len(now) == len(before) and set(before) - set(now) == {before[0]}
 
-    scenario.wait_until(replaced)
+    scenario.wait_until(replaced, 120)
     assert scenario.restarted(run, scenario.units(host)) == set()
 
 
@@ -373,7 +382,7 @@ def test_another_size_of_one_host_restarts_that_host_only(nodes: Nodes) -> None:
     inputs, other = variables(one), variables(two)
     extra = other["dask_worker_environment"]["SHOP_SECRET"]
     everyone = "print(len(client.scheduler_info(n_workers=-1)['workers']))"
-    licensed = "print(json.dumps(client.submit(os.uname, resources={'LICENCE': 2}).result(20)[1]))"
+    licensed = "print(json.dumps(client.submit(os.uname, resources={'LICENCE': 2}).result(60)[1]))"
     before = units(nodes)
     try:
         # Of all this, node-2 has what is not for node-1 alone.
@@ -420,7 +429,7 @@ def test_workers_come_back_to_the_scheduler(nodes: Nodes, measured: Note) -> Non
             now = units(nodes)
             return all(now[name][UNIT] != before[name][UNIT] for name in nodes)
 
-        scenario.wait_until(noticed)
+        scenario.wait_until(noticed, 120)
     back, found = time.monotonic(), 0
     for host in nodes.values():
         found += len(joined(host, variables(host), processes(host)))
@@ -464,7 +473,7 @@ print(json.dumps([said, time.monotonic() - began]))
             late = given(inputs, timeout=4)
             said, waited = scenario.python(two, CLIENT + give_up, PYTHON, **late)
         answers, longest = end()
-    assert "imed out" in said and waited < 10, said
+    assert "imed out" in said and waited < 25, said
     assert answers > 1 and longest > 3, "the fault did not reach the client at work"
     restarts = sum(len(scenario.restarted(before[name], now)) for name, now in units(nodes).items())
     assert restarts == 0
@@ -494,7 +503,7 @@ open(v["running"], "w").close()
 print(json.dumps([busy, client.gather(futures) == list(range(40))]))
 """
     former = joined(one, inputs, processes(two))
-    with scenario.at_work(one, CONNECTED + at_work, PYTHON, **given(inputs)) as end:
+    with scenario.at_work(one, CONNECTED + at_work, PYTHON, 280, **given(inputs)) as end:
         began = time.monotonic()
         scenario.reboot(two)
         joined(one, inputs, processes(two), former=former)
@@ -528,15 +537,21 @@ def greedy():
     for _ in range(80):  # up to 1.25 GiB, faster than spilling could help
         hoard.append(b"x" * 2**24)
         time.sleep(0.02)
+    time.sleep(30)  # a nanny may look late
     return 0
 began = time.monotonic()
-answer = client.submit(greedy, pure=False, workers=[v["address"]]).result(60)
+answer = client.submit(greedy, pure=False, workers=[v["address"]]).result(120)
 print(json.dumps([answer, time.monotonic() - began]))
 """
     two.run(f"rm -f {HOME}/greedy")
     answer, seconds = ask(two, inputs, greedy)
     assert answer != 0, "the process was allowed to take what it wanted"
-    assert "95% memory budget" in scenario.journal(two, UNIT, since=since)
+
+    def told_why() -> bool:
+        """Tell whether the nanny has written why it ended the process."""
+        return "95% memory budget" in scenario.journal(two, UNIT, since=since)
+
+    scenario.wait_until(told_why)
     joined(two, inputs, len(before))
     lost = set(before) - set(pids(two, inputs))
     restarts = scenario.restarted(run, scenario.units(two))
@@ -564,7 +579,7 @@ def child():
     eater = f"hoard = [b'x' * 2**23 for _ in range({v['mib'] // 8})]"
     return subprocess.run([sys.executable, "-c", eater]).returncode
 began = time.monotonic()
-status = client.submit(child, pure=False, workers=list(own())).result(60)
+status = client.submit(child, pure=False, workers=list(own())).result(120)
 print(json.dumps([status, time.monotonic() - began]))
 """
     status, seconds = ask(one, inputs, child, mib=2 * wall)
@@ -592,7 +607,7 @@ def block(number):
     return os.urandom(10 * 2**20)
 futures = client.map(block, range(40), pure=False, workers=list(own()))
 open(v["running"], "w").close()
-wait(futures, timeout=100)
+wait(futures, timeout=250)
 sizes = client.gather(client.map(len, futures, pure=False))
 print(json.dumps([len(futures), sizes.count(10 * 2**20)]))
 """
@@ -601,13 +616,17 @@ print(json.dumps([len(futures), sizes.count(10 * 2**20)]))
         """Tell whether the worker has paused."""
         return [worker["status"] for worker in workers_of(one, inputs)] == ["paused"]
 
+    def told_why() -> bool:
+        """Tell whether the worker, which may pause before it tries to spill, has written why."""
+        return "No space left on device" in scenario.journal(one, UNIT, since=since)
+
     with faults.full_disk(one, UNIT, HOME, mib=320) as disk:
         joined(one, inputs, 1)
         before, run, since = pids(one, inputs), scenario.units(one), time.time()
         disk.fill()
-        with scenario.at_work(one, CONNECTED + hold, PYTHON, **given(inputs)) as end:
+        with scenario.at_work(one, CONNECTED + hold, PYTHON, 280, **given(inputs)) as end:
             scenario.wait_until(paused)
-            assert "No space left on device" in scenario.journal(one, UNIT, since=since)
+            scenario.wait_until(told_why)
             disk.free()
             freed = time.monotonic()
             asked, answered = end()
@@ -629,7 +648,7 @@ def test_the_clock_may_jump(nodes: Nodes, measured: Note) -> None:
     one, two = nodes["node-1"], nodes["node-2"]
     inputs = variables(one)
     now = """
-print(client.submit(time.time, pure=False, workers=list(own())).result(20) - time.time())
+print(client.submit(time.time, pure=False, workers=list(own())).result(60) - time.time())
 """
     former = joined(two, inputs, 1)
     with faults.clock(one, UNIT) as moved:
@@ -674,8 +693,8 @@ def test_an_expired_certificate_is_renewed(nodes: Nodes, measured: Note) -> None
             """Tell whether the scheduler has refused the worker for its certificate."""
             return "certificate has expired" in scenario.journal(one, SCHEDULER, since=since)
 
-        scenario.wait_until(refused)
-        joined(two, inputs, 0, seconds=20)
+        scenario.wait_until(refused, 120)
+        joined(two, inputs, 0, seconds=60)
         began = time.monotonic()
         scenario.converge("dask_worker")
         seconds = time.monotonic() - began

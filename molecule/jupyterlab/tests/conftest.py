@@ -31,10 +31,10 @@ try:
         session.cert = (v["pair"] + ".crt", v["pair"] + ".key") if v["pair"] else None
         session.auth = tuple(v["user"]) or None
         if v["page"]:
-            session.get(v["base"] + "lab", timeout=20).raise_for_status()
+            session.get(v["base"] + "lab", timeout=60).raise_for_status()
             session.headers["X-XSRFToken"] = session.cookies["_xsrf"]
         url = v["base"] + v["path"]
-        answer = session.request(v["method"], url, json=v["body"], timeout=20)
+        answer = session.request(v["method"], url, json=v["body"], timeout=60)
         date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
         print(json.dumps([answer.status_code, answer.text, date]))
 except requests.RequestException as failure:
@@ -113,6 +113,17 @@ def answers(ask: Any) -> Callable[[], bool]:
     def answered() -> bool:
         """Tell whether JupyterLab answers to a certificate of the platform."""
         return bool(ask().status == 200)
+
+    return answered
+
+
+@pytest.fixture(scope="module")
+def door_leads_in(ask: Any, door: dict[str, Any]) -> Callable[[], bool]:
+    """Return a question: does JupyterLab answer through the door?"""
+
+    def answered() -> bool:
+        """Tell whether JupyterLab answers through the door."""
+        return bool(ask(**door).status == 200)
 
     return answered
 

@@ -131,17 +131,12 @@ def test_secrets_are_private(host: Any, inputs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("blow", ["restart", "kill", "reboot"])
 def test_survives(
-    host: Any, home: str, door: dict[str, Any], ask: Any, cell: Any, save: Any, blow: str
+    host: Any, home: str, door: dict[str, Any], door_leads_in: Any, cell: Any, save: Any, blow: str
 ) -> None:
     """The server starts by itself, and through the door what was saved is there."""
     assert save("kept.txt", f"before the {blow}").status in SAVED
     scenario.strike(host, UNIT, blow)
-
-    def open_again() -> bool:
-        """Tell whether JupyterLab answers through the door."""
-        return bool(ask(**door).status == 200)
-
-    scenario.wait_until(open_again, 120)
+    scenario.wait_until(door_leads_in, 120)
     assert cell("print(open('kept.txt').read())", **door) == f"before the {blow}"
     file = host.file(f"{home}/kept.txt")
     assert file.user == door["user"][0] and file.mode & 0o007 == 0

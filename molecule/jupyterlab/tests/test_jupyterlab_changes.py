@@ -24,7 +24,7 @@ REFUSED = [
 
 
 def test_another_port_and_size(
-    host: Any, base: str, door: dict[str, Any], ask: Any, cell: Any
+    host: Any, base: str, door: dict[str, Any], door_leads_in: Any, ask: Any, cell: Any
 ) -> None:
     """JupyterLab restarts and the door does not; the way through it leads to the new port."""
     moved = base.replace(":8888", ":9888")
@@ -41,6 +41,7 @@ def test_another_port_and_size(
         assert scenario.restarted(before, changed) == {UNIT}
         limit = host.check_output(f"systemctl show --value --property MemoryMax {UNIT}")
         assert int(limit) == 3 * 2**30
+        scenario.wait_until(door_leads_in)  # a reload of the door ends later than its command
         assert cell(code, **door) == "hello"
         assert ask(base=moved).status == 200
         assert "Connection refused" in ask().text
@@ -49,6 +50,7 @@ def test_another_port_and_size(
     assert scenario.restarted(changed, scenario.units(host)) == {UNIT}
     assert ask().status == 200
     assert "Connection refused" in ask(base=moved).text
+    scenario.wait_until(door_leads_in)
     assert cell(code, **door) == "None"
 
 

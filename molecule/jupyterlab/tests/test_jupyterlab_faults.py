@@ -99,7 +99,7 @@ def test_a_greedy_cell_ends_its_kernel_only(
         took = time.monotonic() - started
         assert greedy == {"printed": "", "error": "", "died": True}
         assert patient.result() == "42"
-    scenario.wait_until(answers, 10)
+    scenario.wait_until(answers)
     assert scenario.main_pid(host, UNIT) == server
     assert cell("print(open('kept.txt').read())") == "before"
     measured(f"the kernel was gone after {took:.0f} s; another one and the server went on")
@@ -148,7 +148,7 @@ def test_waits_for_no_other_component(
         ThreadPoolExecutor(1) as beside,
     ):
         waiting = beside.submit(run, USE_ONE)
-        scenario.wait_until(waits)
+        scenario.wait_until(waits, 120)
         began = time.monotonic()
         assert cell("print(6 * 7)") == "42"
         assert save("beside.txt", "saved").status in SAVED
@@ -180,17 +180,17 @@ def test_lives_with_a_wrong_clock(
             clock.jump(days * DAY)
             there, kernels = ask().date, float(cell("import time; print(time.time())"))
             now = time.time() + days * DAY
-            assert abs(there - now) < 60 and abs(kernels - now) < 60, (there, kernels, now)
+            assert abs(there - now) < 600 and abs(kernels - now) < 600, (there, kernels, now)
         clock.jump(3650 * DAY)
 
         def refused() -> bool:
             """Tell whether the server takes the client's certificate for one that has ended."""
             return "certificate expired" in ask().text
 
-        scenario.wait_until(refused, 15)
+        scenario.wait_until(refused)
         clock.jump(0)
         began = time.monotonic()
-        scenario.wait_until(answers, 15)
+        scenario.wait_until(answers)
         took = time.monotonic() - began
         assert scenario.main_pid(host, UNIT) == server
     scenario.wait_until(answers)
@@ -221,6 +221,6 @@ def test_renews_an_expired_certificate(
         scenario.converge("jupyterlab")
         took = time.monotonic() - began
         assert scenario.restarted(before, scenario.units(host)) == {UNIT}
-    scenario.wait_until(answers, 10)
+    scenario.wait_until(answers)
     assert cell("print(6 * 7)", **door) == "42"
     measured(f"clients: certificate has expired; after one run of {took:.0f} s a cell ran")

@@ -83,9 +83,9 @@ class Store:
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
             context = ssl.create_default_context(cafile=self.ca)
-            connection = http.client.HTTPSConnection(host, port, timeout=20, context=context)
+            connection = http.client.HTTPSConnection(host, port, timeout=60, context=context)
         else:
-            connection = http.client.HTTPConnection(host, port, timeout=20)
+            connection = http.client.HTTPConnection(host, port, timeout=60)
         target = request.path + ("?" + canonical_query(request.query) if request.query else "")
         try:
             connection.request(request.method, target, request.body, request.headers)

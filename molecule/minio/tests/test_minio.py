@@ -56,8 +56,8 @@ def s3(inputs: dict[str, Any], authority: str) -> Connect:
         name: str = "shop", *, secret: str = "", port: int = 0, signature: Any = None, **other: Any
     ) -> Any:
         config = Config(
-            connect_timeout=5,
-            read_timeout=20,
+            connect_timeout=60,
+            read_timeout=60,
             retries={"total_max_attempts": 1},
             s3={"addressing_style": "path"},
             signature_version=signature,
@@ -188,15 +188,15 @@ def test_answers_by_tls_only(
         (inputs["minio_console_port"], "/login"),
     ):
         url = f"https://{address}:{port}{path}"
-        assert browser.get(url, timeout=10).status_code == 200
+        assert browser.get(url, timeout=60).status_code == 200
         with pytest.raises(requests.exceptions.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
-            browser.get(url, timeout=10, verify=True)
+            browser.get(url, timeout=60, verify=True)
         with (
-            socket.create_connection((address, port), timeout=10) as raw,
+            socket.create_connection((address, port), timeout=60) as raw,
             pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"),
         ):
             trusted.wrap_socket(raw, server_hostname="elsewhere")
-        plain = browser.get(url.replace("https", "http"), timeout=10)
+        plain = browser.get(url.replace("https", "http"), timeout=60)
         assert plain.status_code == 400
         assert plain.text.strip() == "Client sent an HTTP request to an HTTPS server."
 
@@ -233,12 +233,12 @@ def test_user_signs_in_to_the_console_and_administers_nothing(
 
     def sign_in(name: str, password: str) -> int:
         login = {"accessKey": name, "secretKey": password}
-        return browser.post(f"{console}/login", json=login, timeout=20).status_code
+        return browser.post(f"{console}/login", json=login, timeout=60).status_code
 
-    assert browser.get(f"{console}/buckets", timeout=20).status_code == 403
+    assert browser.get(f"{console}/buckets", timeout=60).status_code == 403
     assert sign_in("ada", "not-the-password") == sign_in("nobody", ada["password"]) == 401
     assert sign_in("ada", ada["password"]) == 204
-    seen = browser.get(f"{console}/buckets", timeout=20).json()["buckets"]
+    seen = browser.get(f"{console}/buckets", timeout=60).json()["buckets"]
     assert [bucket["name"] for bucket in seen] == ["shop"]
     put(s3("ada"), "hers")
     assert get(s3("ada")) == "hers"
@@ -395,6 +395,11 @@ def test_fewer_then_other_ports_then_all_as_before(
     lists = ("minio_buckets_extra", "minio_accounts_extra", "minio_users_extra")
     gone = ("stock", "grace")
     fewer = {name: [one for one in inputs[name] if one["name"] not in gone] for name in lists}
+
+    def console_moved() -> bool:
+        """Tell whether the console, which begins after all else, has its other port."""
+        return bool(host.socket(f"tcp://{address}:9101").is_listening)
+
     try:
         scenario.converge("minio", **fewer)
         assert scenario.restarted(before, scenario.units(host)) == set()
@@ -416,7 +421,7 @@ def test_fewer_then_other_ports_then_all_as_before(
             get(s3("stock", port=9100), bucket="stock")
         with pytest.raises(EndpointConnectionError):
             get(s3())
-        assert host.socket(f"tcp://{address}:9101").is_listening
+        scenario.wait_until(console_moved)
         assert not host.socket(f"tcp://{address}:{inputs['minio_console_port']}").is_listening
         assert host.service(UNIT).systemd_properties["MemoryMax"] == str(2**30)
     finally:
@@ -484,7 +489,7 @@ def test_out_of_memory(host: Any, s3: Connect, measured: Callable[[str], None]) 
         said = scenario.journal(host, UNIT, since)
         return "status=9/KILL" in said or "oom-kill" in said
 
-    scenario.wait_until(killed, seconds=10)
+    scenario.wait_until(killed)
     assert get(s3()) == "survivor"
     s3().delete_object(Bucket="shop", Key="odsp-test")
     measured(f"ended by its limit; a new process answered {seconds:.1f} s later; no object lost")

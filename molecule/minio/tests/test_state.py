@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import holes
 import minio
 import pytest
 import requests
+import scenario
 import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -87,7 +89,22 @@ def server(tmp_path_factory: pytest.TempPathFactory, ports: list[int]) -> Iterat
     command = [binary, "server", "--quiet", "--certs-dir", str(folder / "certs")]
     command += ["--address", f"127.0.0.1:{port}", "--console-address", f"127.0.0.1:{console_port}"]
     log = (folder / "log").open("wb")
-    with subprocess.Popen([*command, str(folder / "data")], env=env, stdout=log, stderr=log) as it:
+    with (
+        subprocess.Popen([*command, str(folder / "data")], env=env, stdout=log, stderr=log) as it,
+        ExitStack() as at_end,
+    ):
+        at_end.callback(it.kill)
+        pool = urllib3.PoolManager(ca_certs=str(ca), retries=False, timeout=60)
+        urls = (f"127.0.0.1:{port}/minio/health/cluster", f"127.0.0.1:{console_port}/login")
+
+        def serves() -> bool:
+            """Tell whether the server takes orders, and its console guests."""
+            with suppress(urllib3.exceptions.HTTPError):
+                return all(pool.request("GET", f"https://{url}").status == 200 for url in urls)
+            return False
+
+        # Dry runs, one of which comes first, do not wait for a server.
+        scenario.wait_until(serves)
         yield {
             "address": "127.0.0.1",
             "port": port,
@@ -109,7 +126,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, ports: list[int]) -> Iterat
                 },
             ],
         }
-        it.kill()
     log.close()
 
 

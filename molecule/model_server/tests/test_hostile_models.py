@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import faults
 import pytest
 import scenario
 from client import PYTHON, Answer, Client
+from hostile_code import ATTACK, CALL_OUT, EAT, FILL, FORK, LOOK, OPEN, WRITE
 from test_model_server import (
     FILES,
     MODEL,
@@ -23,11 +23,13 @@ from test_model_server import (
     server,
     tracking,
     trained,
+    unit_of,
 )
 
 __all__ = ["in_use", "inputs", "server", "tracking", "trained"]
 
 HOSTILE = "odsp-hostile"
+ENDING = "odsp-ending"
 SKLEARN = {"model_flavor": "sklearn"}
 DO_NOTHING = {"data": [{"code": "told = 0"}], "model_flavor": "pyfunc"}
 #: The ceiling of systemd's own score for a model's unit: 0 is locked up, 10 is free.
@@ -52,6 +54,8 @@ REFUSED = (
     "stop odsp-evil ssh",
     "stop odsp-evil\nstop odsp-evil",
     "restart odsp-evil",
+    "lines ../../etc",
+    "lines -o",
 )
 ASK_HELPER = """
 import socket
@@ -84,6 +88,23 @@ with mlflow.start_run():
                             registered_model_name=v["name"])
 print("null")
 """
+#: Logs a model whose process ends while it loads.
+LOG_ENDING = """
+import mlflow
+class Ending(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        import os
+        print("its last words", flush=True)
+        os._exit(3)
+    def predict(self, context, model_input, params=None):
+        return model_input
+mlflow.set_experiment(v["name"])
+requirements = mlflow.pyfunc.get_model_dependencies(f"models:/{v['neighbour']}/1")
+with mlflow.start_run():
+    mlflow.pyfunc.log_model(name="model", python_model=Ending(), pip_requirements=requirements,
+                            registered_model_name=v["name"])
+print("null")
+"""
 #: Asks the neighbour ten times a second, and counts what it gets.
 ASK_NEIGHBOUR = """
 import os, pathlib, requests, time
@@ -103,125 +124,6 @@ while True:
     time.sleep(0.1)
 print(json.dumps({"asked": asked, "failed": failed, "slowest": slowest}))
 """
-#: Everything a process can see and read, outside what every Debian has.
-LOOK = """
-import os
-told = {"environ": dict(os.environ), "at_load": at_load, "files": [], "processes": [], "root": []}
-for folder, folders, files in os.walk("/"):
-    if folder == "/":
-        told["root"] = sorted(folders)
-        folders[:] = set(folders) - {"usr", "bin", "lib", "lib64", "proc", "sys", "environment"}
-    told["files"] += [os.path.join(folder, name) for name in files]
-told["processes"] = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-told["own"] = os.getpid()
-"""
-OPEN = """
-told = []
-for path in paths:
-    try:
-        with open(path, "rb") as file:
-            told.append([path, file.read(100).decode(errors="replace")])
-    except OSError:
-        pass
-"""
-#: Every kind of socket, and the two ways to one that needs no call of socket().
-CALL_OUT = """
-import os, socket
-told = []
-kinds = ((socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 22)),
-         (socket.AF_INET, socket.SOCK_STREAM, (address, 5432)),
-         (socket.AF_INET, socket.SOCK_DGRAM, (address, 53)),
-         (socket.AF_INET6, socket.SOCK_STREAM, ("::1", 22)),
-         (socket.AF_UNIX, socket.SOCK_STREAM, helper),
-         (socket.AF_UNIX, socket.SOCK_STREAM, "/run/dbus/system_bus_socket"),
-         (socket.AF_UNIX, socket.SOCK_STREAM, bytes(1) + b"odsp-abstract"),
-         (socket.AF_NETLINK, socket.SOCK_RAW, (0, 0)))
-for family, kind, target in kinds:
-    try:
-        with socket.socket(family, kind) as connection:
-            connection.settimeout(2)
-            connection.connect(target)
-            told.append([int(family), str(target), "connected"])
-    except ConnectionError:
-        told.append([int(family), str(target), "reached"])
-    except OSError:
-        pass
-"""
-WRITE = """
-import os
-told = {}
-folders = ["/", "/model", "/environment", "/environment/bin", "/runner", "/usr/bin", "/etc", "/tmp",
-           "/var/tmp", "/var/lib/odsp/model_server", "/run", "/sys/fs/cgroup", "/proc/sys/kernel",
-           "/scratch", "/dev/shm", "/dev"]
-with open("/proc/self/mountinfo") as file:
-    kinds = {line.split()[2]: line.partition(" - ")[2].split()[0] for line in file}
-for folder in folders:
-    try:
-        with open(f"{folder}/odsp-was-here", "w") as file:
-            file.write("x")
-            device = os.fstat(file.fileno()).st_dev
-        told[folder] = kinds[f"{os.major(device)}:{os.minor(device)}"]
-    except OSError:
-        pass
-"""
-FILL = """
-import os
-told = 0
-try:
-    with open("/scratch/filler", "wb") as file:
-        while told < 4096:
-            file.write(bytes(2**20))
-            file.flush()
-            told += 1
-except OSError:
-    pass
-finally:
-    os.remove("/scratch/filler")
-"""
-FORK = """
-import os, signal, time
-children = []
-try:
-    while len(children) < 4000:
-        child = os.fork()
-        if not child:
-            time.sleep(60)
-            os._exit(0)
-        children.append(child)
-except OSError:
-    pass
-time.sleep(2)
-for child in children:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-told = len(children)
-"""
-EAT = """
-told = []
-while True:
-    told.append(b"x" * 2**24)
-"""
-#: Signals and traces others, and leaves its confinement by namespaces.
-ATTACK = """
-import ctypes, os
-libc, told = ctypes.CDLL(None, use_errno=True), []
-PTRACE_SEIZE, CLONE_NEWUSER = 0x4206, 0x10000000
-for process in processes:
-    try:
-        os.kill(process, 0)
-        told.append(["signalled", process])
-    except OSError:
-        pass
-    if libc.ptrace(PTRACE_SEIZE, process, None, None) == 0:
-        told.append(["traced", process])
-    for name in ("environ", "maps", "root/etc/hostname", "fd"):
-        if os.path.exists(f"/proc/{process}/{name}"):
-            told.append(["seen", process, name])
-if libc.unshare(CLONE_NEWUSER) == 0:
-    told.append(["user namespace"])
-if libc.setuid(0) == 0:
-    told.append(["root"])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +137,8 @@ def hostile(server: Client, tracking: Client, trained: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def limits_hold(host: Any) -> None:
-    """Fail unless this host heeds the limits of units at all: some containers do not."""
-    run = "systemd-run --quiet --wait --pipe --property"
-    eat = f"{run} MemoryMax=64M python3 -c 'print(len(bytes([1]) * 2**28))'"
-    assert "268435456" not in host.run(f"{eat} || true").stdout, "MemoryMax is not heeded here"
-    fork = f"{run} TasksMax=5 sh -c 'for i in 1 2 3 4 5 6 7 8; do sleep 1 & done'"
-    assert "fork" in host.run(f"{fork} || true").stderr.lower(), "TasksMax is not heeded here"
+    """Fail unless this host heeds the limits of units at all."""
+    faults.assert_limits_hold(host)
 
 
 def attempt(server: Client, code: str, **given: Any) -> Answer:
@@ -263,12 +161,6 @@ def by_another_user(host: Any, code: str, **given: Any) -> Any:
     answer = host.run(f"{program} | runuser -u model_server -- timeout 60 python3 -")
     assert answer.rc == 0, answer.stderr
     return json.loads(answer.stdout)
-
-
-def unit_of(model: str, flavor: str) -> str:
-    """Return the unit of a model's first version."""
-    digest = hashlib.sha256(json.dumps([model, 1]).encode()).hexdigest()[:16]
-    return f"odsp-model_runner@{digest}-{flavor[0]}.service"
 
 
 @contextmanager
@@ -298,6 +190,7 @@ def test_models_are_units_and_confined(host: Any, hostile: None, in_use: dict[st
         process = scenario.main_pid(host, unit)
         assert process, scenario.journal(host, unit)
         users.add(host.check_output(f"stat -c %u /proc/{process}"))
+        assert "io_uring_setup" not in host.service(unit).systemd_properties["SystemCallFilter"]
         verdict = host.check_output(f"systemd-analyze security --no-pager {unit} | tail -n 1")
         score = re.search(r"for \S+: ([0-9.]+) ", verdict)
         assert score, verdict
@@ -393,6 +286,19 @@ def test_takes_no_more_memory_than_it_may(
     server.wait_for(f"/{HOSTILE}/1", method="POST", body=DO_NOTHING)
     assert scenario.main_pid(host, unit) not in (0, before)
     measured(f"the caller of a model that took 768 MiB: {answer.status}")
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_model_that_ends_while_it_loads_leaves_its_last_lines(
+    server: Client, tracking: Client
+) -> None:
+    """Whoever loads it is told, although the server's account may not read the journal."""
+    tracking.run(LOG_ENDING, name=ENDING, neighbour=MODEL)
+    answer = server.ask(f"/load_model/{ENDING}/pyfunc/1", patience=600)
+    assert answer.status == 422, answer
+    assert "ended while it loaded (exit status 3)" in answer.text
+    assert "Its last lines:" in answer.text
+    assert "its last words" in answer.text
 
 
 @pytest.mark.usefixtures("hostile")

@@ -111,7 +111,7 @@ def behind(host: Any, inputs: dict[str, Any]) -> Any:
             return bool(host.run(f"{{ {every}; }} >/dev/null 2>&1").rc == 0)
 
         try:
-            scenario.wait_until(serves, 20)
+            scenario.wait_until(serves)
             yield
         finally:
             host.run(f"systemctl kill --signal KILL {unit}; systemctl stop {unit}")
@@ -146,7 +146,13 @@ def held(host: Any, inputs: dict[str, Any], users: list[list[str]]) -> Any:
         encoded = base64.b64encode(text.encode()).decode()
         host.check_output(f"umask 077; echo {encoded} | base64 -d > {file}")
         host.check_output(f"systemd-run --quiet --unit={unit} python3 {PROGRAM} hold {file}")
+
+        def is_open() -> bool:
+            """Tell whether a word has come back."""
+            return not host.file(file).exists
+
         try:
+            scenario.wait_until(is_open)
             yield
             assert host.service(unit).is_running, scenario.journal(host, unit)
         finally:

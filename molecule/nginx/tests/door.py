@@ -29,6 +29,8 @@ from typing import Any
 
 TLS = Path("/etc/odsp/tls")
 LARGE = 50_000_000
+#: Seconds that a client gives an answer, and a body on its way.
+PATIENCE = 120
 FEATURES = ("multipart_uploads", "multipart_downloads")
 
 
@@ -59,13 +61,15 @@ def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def exchange(port: int, request: dict[str, Any]) -> dict[str, Any]:
     """Send one request through the door, as plain text if it says so; return the answer."""
-    connection = http.client.HTTPConnection("localhost", port, timeout=20)
+    connection = http.client.HTTPConnection("localhost", port, timeout=PATIENCE)
     if not request.get("plain"):
         connection = http.client.HTTPSConnection(
-            "localhost", port, timeout=20, context=client_context(request.get("authority"))
+            "localhost", port, timeout=PATIENCE, context=client_context(request.get("authority"))
         )
     with contextlib.closing(connection):
-        body = b"x" * request["size"] if "size" in request else None
+        body: Any = b"x" * request["size"] if "size" in request else None
+        if request.get("streamed"):
+            body = iter([body])  # without its length
         method = request.get("method", "GET")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, request["path"], body=body, headers=headers_of(request))
@@ -82,7 +86,7 @@ def exchange(port: int, request: dict[str, Any]) -> dict[str, Any]:
 class Upstream(http.server.BaseHTTPRequestHandler):
     """Tells what it was asked; keeps WebSockets open and sends back what they bring.
 
-    Below /busy/<addresses> those addresses are too busy to answer.
+    Below /busy/<addresses> those addresses are too busy to answer; /slow/<seconds> takes as long.
     """
 
     protocol_version = "HTTP/1.1"
@@ -98,6 +102,8 @@ class Upstream(http.server.BaseHTTPRequestHandler):
             while data := self.connection.recv(100):
                 self.connection.sendall(data)
             return
+        if self.path.startswith("/slow/"):
+            time.sleep(int(self.path.removeprefix("/slow/")))
         size = int(self.headers.get("Content-Length") or 0)
         left = size
         while left:
@@ -159,7 +165,7 @@ def lie(ends: list[str]) -> None:
 def reload(port: int, request: dict[str, Any]) -> list[str]:
     """Return what a WebSocket brings back before and after two reloads of the door."""
     connection = http.client.HTTPSConnection(
-        "localhost", port, timeout=20, context=client_context()
+        "localhost", port, timeout=PATIENCE, context=client_context()
     )
     with contextlib.closing(connection):
         connection.request("GET", request["path"], headers=headers_of(request))
@@ -172,10 +178,13 @@ def reload(port: int, request: dict[str, Any]) -> list[str]:
         return heard
 
 
-def hold(port: int, request: dict[str, Any]) -> None:
-    """Send a word along a WebSocket again and again; fail when it does not come back."""
+def hold(port: int, request: dict[str, Any], opened: Path) -> None:
+    """Send a word along a WebSocket again and again; fail when it does not come back.
+
+    The file `opened` is removed when it has come back once.
+    """
     connection = http.client.HTTPSConnection(
-        "localhost", port, timeout=20, context=client_context()
+        "localhost", port, timeout=PATIENCE, context=client_context()
     )
     connection.request("GET", request["path"], headers=headers_of(request))
     socket = connection.sock
@@ -183,6 +192,7 @@ def hold(port: int, request: dict[str, Any]) -> None:
     while True:
         socket.sendall(b"word")
         assert socket.recv(100) == b"word"
+        opened.unlink(missing_ok=True)
         time.sleep(0.1)
 
 
@@ -197,7 +207,9 @@ def main() -> None:
         with ThreadPoolExecutor(len(requests)) as pool:
             print(json.dumps(list(pool.map(lambda request: ask(port, request), requests))))
     elif verb == "hold":
-        hold(*json.loads(Path(arguments[0]).read_text()))
+        file = Path(arguments[0])
+        port, request = json.loads(file.read_text())
+        hold(port, request, file)
     elif verb == "reload":
         print(json.dumps(reload(*json.load(sys.stdin))))
     elif verb == "serve":

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 UNIT = "odsp-nginx.service"
+#: What stands behind the door.
+BEHIND = "odsp-door-test.service"
 SITE_NAME = "door.example"
 
 #: What is wrong, and the variable that the one sentence must name.
@@ -37,6 +39,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("nginx_memory_max", {"nginx_memory_max": "lots"}),
     ("nginx_jupyterlab_user", {"nginx_jupyterlab_user": "nobody"}),
+    ("nginx_model_server_timeout_seconds", {"nginx_model_server_timeout_seconds": 0}),
+    ("nginx_model_server_max_body_size", {"nginx_model_server_max_body_size": "32 MB"}),
+    ("nginx_model_server_max_body_size", {"nginx_model_server_max_body_size": "0"}),
     (
         "nginx_routes",
         {
@@ -137,6 +142,8 @@ def test_fewer_users_and_routes_another_port_certificate_and_size(
         "nginx_routes": [r for r in inputs["nginx_routes"] if r["component"] != "dask_scheduler"],
         "nginx_listen_port": 8443,
         "nginx_redirect_port": 8080,
+        "odsp_model_server_max_body_size": "1M",
+        "nginx_model_server_timeout_seconds": 6,
         "nginx_certificate": str(site_certificate / "site.crt"),
         "nginx_certificate_key": str(site_certificate / "site.key"),
     }
@@ -144,6 +151,12 @@ def test_fewer_users_and_routes_another_port_certificate_and_size(
     key = host.file("/etc/odsp/tls/nginx-site.key")
     limit = f"systemctl show --value --property MemoryMax {UNIT}"
     before, own_limit = scenario.units(host), host.check_output(limit)
+
+    def is_shut(port: int = 0) -> bool:
+        """Tell whether nobody listens; a worker from before a reload does for a moment."""
+        (former,) = ask({"path": "/", "auth": ada}, port=port)
+        return bool(former["status"] == 0 and "ConnectionRefused" in former["text"])
+
     try:
         with held():
             scenario.converge("nginx", **changes)
@@ -154,19 +167,25 @@ def test_fewer_users_and_routes_another_port_certificate_and_size(
         private = (site_certificate / "site.key").read_text().splitlines()[1]
         assert scenario.places_of(host, private) == []
         trust = {"authority": authority}
-        left, right, page, gone, route = ask(
+        left, right, page, gone, route, large, slow, slower = ask(
             {"path": "/", "auth": bob} | trust,
             {"path": "/mlflow/", "auth": bob} | trust,
             {"path": "/", "auth": ada} | trust,
             {"path": "/dask/status", "auth": ada} | trust,
             {"path": "/mlflow/", "auth": ada} | trust,
+            {"path": "/inference/x", "auth": ada, "method": "POST", "size": 2**20 + 1} | trust,
+            {"path": "/inference/slow/1", "auth": ada, "method": "POST"} | trust,
+            {"path": "/inference/slow/60", "auth": ada, "method": "POST"} | trust,
             port=8443,
         )
         assert [left["status"], right["status"]] == [401, 401]
         assert [page["status"], gone["status"], route["status"]] == [200, 404, 200]
+        assert (large["status"], "larger than 1048576 bytes" in large["text"]) == (413, True)
+        assert [slow["status"], slower["status"], 6 <= slower["seconds"] < 60] == [200, 504, True]
+        # By one host alone: what took that long is not repeated.
+        assert scenario.journal(host, BEHIND).count("asked for /slow/60") == 1
         assert 'href="/mlflow/"' in page["text"] and "/dask/" not in page["text"]
-        (former,) = ask({"path": "/", "auth": ada})
-        assert former["status"] == 0 and "ConnectionRefused" in former["text"]
+        scenario.wait_until(is_shut)
         typed = {"path": "/mlflow/?a=1", "plain": True, "headers": {"Host": SITE_NAME}}
         (plain,) = ask(typed, port=8080)
         assert plain["status"] == 308
@@ -183,8 +202,7 @@ def test_fewer_users_and_routes_another_port_certificate_and_size(
     back = ask({"path": "/", "auth": bob}, {"path": "/dask/status", "auth": ada})
     assert [answer["status"] for answer in back] == [200, 200]
     for port in (8443, 8080):
-        (former,) = ask({"path": "/", "auth": ada}, port=port)
-        assert former["status"] == 0 and "ConnectionRefused" in former["text"]
+        assert is_shut(port)
     assert not key.exists
 
 

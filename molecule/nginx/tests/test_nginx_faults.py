@@ -40,7 +40,7 @@ def test_says_what_does_not_answer(
 ) -> None:
     """With nobody behind a route the answer names the unit; the other routes work."""
     host.check_output(f"systemctl restart {UNIT}")
-    scenario.wait_until(opens, 30)
+    scenario.wait_until(opens)
     away = {"mlflow": "/mlflow/", "jupyterlab": "/jupyter/", "dask_scheduler": "/dask/"}
     with behind("serve", "minio", "model_server"):
         answers = []
@@ -85,7 +85,8 @@ def test_does_not_wait_for_ever(
     assert {answer["status"] for answer in late} == {504}
     assert max(answer["seconds"] for answer in late) < 10
     assert [answer["status"] for answer in others] == [200] * 3
-    assert max(answer["seconds"] for answer in others) < 3
+    # Whoever waited for the silent one would take as long as its own users at least.
+    assert max(answer["seconds"] for answer in others) < min(answer["seconds"] for answer in late)
     measured(f"504 after {seconds(late)}; other routes answered in {seconds(others)}.")
 
 
@@ -99,7 +100,7 @@ def test_needs_no_disk(
 ) -> None:
     """With not a block left where nginx keeps temporary files everything passes nevertheless."""
     with faults.full_disk(host, UNIT, "/var/lib/nginx", 16) as disk:
-        scenario.wait_until(opens, 30)
+        scenario.wait_until(opens)
         disk.fill()
         host.check_output(f"systemctl reload {UNIT}")
         put, get, stranger = ask(
@@ -107,7 +108,7 @@ def test_needs_no_disk(
             {"path": "/inference/large", "auth": users[0]},
             {"path": "/mlflow/x", "method": "PUT", "size": 50_000_000},
         )
-    scenario.wait_until(opens, 30)
+    scenario.wait_until(opens)
     assert json.loads(put["text"])["received"] == get["size"] == 50_000_000
     assert stranger["status"] == 401
     measured(f"50 MB in and 50 MB out passed in {seconds([put, get])} each at most.")
@@ -191,7 +192,7 @@ def test_lives_with_a_wrong_clock(
             # Away for the door alone: without a certificate that holds it asks for nothing.
             asked = question_of_asking(host, f"odsp-{days}-days", since)
             if status == 200:
-                scenario.wait_until(asked, 10)
+                scenario.wait_until(asked)
             else:
                 assert not asked(), days
             seen[days] = status
@@ -215,13 +216,17 @@ def test_renews_an_expired_certificate(
         (answer,) = ask({"path": "/", "auth": users[0]})
         return answer["status"] == 0 and "certificate has expired" in answer["text"]
 
+    def is_open() -> bool:
+        """Tell whether users come in; a worker from before a reload may answer for a moment."""
+        answers = ask(*({"path": path, "auth": users[0]} for path in ("/", "/mlflow/")))
+        return [answer["status"] for answer in answers] == [200, 200]
+
     with faults.expired_certificate(host, "nginx", UNIT):
-        scenario.wait_until(expired, 30)
+        scenario.wait_until(expired)
         before, began = scenario.units(host), time.monotonic()
         scenario.converge("nginx")
         took = time.monotonic() - began
-        page, route = ask({"path": "/", "auth": users[0]}, {"path": "/mlflow/", "auth": users[0]})
+        scenario.wait_until(is_open)
         after = scenario.units(host)
-    assert (page["status"], route["status"]) == (200, 200)
     assert scenario.restarted(before, after) == set()
     measured(f"clients: certificate has expired; after one run of {took:.0f} s 200, no restart")

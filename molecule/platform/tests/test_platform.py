@@ -166,7 +166,7 @@ class Platform:
         """Run a command on a host, as root, past SSH."""
         return self.podman("exec", f"{self.machine['platform']}-{host}", *command)
 
-    def wait(self, host: str, condition: str, seconds: float = 120) -> None:
+    def wait(self, host: str, condition: str, seconds: float = 300) -> None:
         """Wait until a shell condition holds on a host."""
         deadline = time.monotonic() + seconds
         while self.on(host, "sh", "-c", f"{condition} && echo yes || true") != "yes":
@@ -277,8 +277,11 @@ with mlflow.start_run() as run:
 client = mlflow.MlflowClient()
 found = client.get_run(run.info.run_id)
 assert found.data.metrics == {"accuracy": 0.5}, found.data
-path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/big.bin")
-assert pathlib.Path(path).read_bytes() == big
+with tempfile.TemporaryDirectory() as folder:
+    path = mlflow.artifacts.download_artifacts(
+        f"runs:/{run.info.run_id}/big.bin", dst_path=folder
+    )
+    assert pathlib.Path(path).read_bytes() == big
 print(found.data.tags.get("mlflow.user"))
 client.delete_run(run.info.run_id)
 """

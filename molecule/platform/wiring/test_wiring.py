@@ -31,7 +31,7 @@ from topology import (
 KNOCK = """
 import socket, ssl, struct
 def knock(database):
-    with socket.create_connection((QUESTION["address"], 5432), 10) as plain:
+    with socket.create_connection((QUESTION["address"], 5432), 60) as plain:
         plain.sendall(struct.pack("!ii", 8, 80877103))
         assert plain.recv(1) == b"S"
         tls = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
@@ -47,7 +47,7 @@ import http.client, ssl
 def show(component):
     tls = ssl.create_default_context(cafile="/etc/odsp/tls/ca.crt")
     tls.load_cert_chain(f"/etc/odsp/tls/{component}.crt", f"/etc/odsp/tls/{component}.key")
-    connection = http.client.HTTPSConnection(QUESTION["address"], 8888, timeout=20, context=tls)
+    connection = http.client.HTTPSConnection(QUESTION["address"], 8888, timeout=60, context=tls)
     connection.request("GET", "/jupyter/api/status")
     return connection.getresponse().status
 print(json.dumps({component: show(component) for component in QUESTION["components"]}))

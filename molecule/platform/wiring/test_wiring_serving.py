@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -30,22 +32,7 @@ CALLERS = 4
 #: Answers that show that things go on.
 ENOUGH = 100
 #: The door leaves out a host that has failed for 10 s, see roles/nginx.
-BACK_S = 60
-
-#: Trains a model, registers it under an alias, and says what it answers itself.
-TRAIN = """
-import mlflow
-from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
-data, target = load_iris(return_X_y=True)
-model = LogisticRegression(max_iter=500).fit(data, target)
-mlflow.set_experiment(v["name"])
-with mlflow.start_run():
-    made = mlflow.sklearn.log_model(model, name="model", registered_model_name=v["name"])
-mlflow.MlflowClient().set_registered_model_alias(v["name"], "champion", 1)
-rows = data[::15].tolist()
-print(json.dumps({"rows": rows, "predict": model.predict(rows).tolist()}))
-"""
+BACK_S = 120
 
 
 @dataclass
@@ -55,8 +42,9 @@ class Door:
     url: str
     ca: str
     user: tuple[str, str]
-    question: dict[str, Any] = field(default_factory=dict)
-    wanted: list[int] = field(default_factory=list)
+    question: dict[str, Any]
+    #: The predictions that are right.
+    wanted: list[list[int]]
 
     def session(self) -> requests.Session:
         """Return a session of the user, who keeps the connection."""
@@ -72,7 +60,8 @@ class Door:
             answer = session.post(path, json=self.question, timeout=120)
         except requests.RequestException as failure:
             return str(failure)
-        if answer.status_code != 200 or answer.json() != {"prediction": self.wanted}:
+        right = [{"prediction": one} for one in self.wanted]
+        if answer.status_code != 200 or answer.json() not in right:
             return f"{answer.status_code}: {answer.text[:300]}"
         return ""
 
@@ -84,7 +73,7 @@ class Callers:
     answers: int = 0
     complaints: list[str] = field(default_factory=list)
 
-    def go_on(self, seconds: float = 60) -> None:
+    def go_on(self, seconds: float = 180) -> None:
         """Wait until many more answers have come."""
         goal = self.answers + ENOUGH
 
@@ -138,17 +127,28 @@ def servers(platform: Platform, hosts: list[str]) -> dict[str, Client]:
 
 
 @pytest.fixture(scope="module")
-def door(platform: Platform) -> Iterator[Door]:
-    """Return the door to a real model, which is loaded."""
+def tracking(platform: Platform) -> Client:
+    """Return a client of MLflow on its own host."""
     host = platform.topology.host("mlflow")
     url, pair = f"https://{platform.addresses[host]}:5000", f"{scenario.TLS}/mlflow"
-    trained = Client(platform.on(host), url, pair).run(TRAIN, name=MODEL)
+    return Client(platform.on(host), url, pair)
+
+
+@pytest.fixture(scope="module")
+def trained(tracking: Client) -> dict[str, Any]:
+    """Return rows, and what two versions of the model answer to them."""
+    return tracking.train(MODEL)
+
+
+@pytest.fixture(scope="module")
+def door(platform: Platform, trained: dict[str, Any]) -> Iterator[Door]:
+    """Return the door to a real model, which is loaded."""
     door = Door(
         f"https://{platform.addresses[platform.topology.host('nginx')]}",
         platform.ca,
         next(iter(platform.secrets["vault_user_passwords"].items())),
         {"data": trained["rows"], "model_flavor": "sklearn"},
-        trained["predict"],
+        [trained["predict"]],
     )
     with door.session() as session:
         loaded = session.get(f"{door.url}/inference/load_model/{MODEL}/sklearn/champion")
@@ -169,7 +169,9 @@ def ways(platform: Platform, hosts: list[str]) -> Ways:
     guard = platform.on(platform.topology.host("nginx"))
 
     def since(moment: float) -> list[list[str]]:
-        lines = guard.check_output(f"journalctl -o cat -t nginx --since @{moment:.6f}").splitlines()
+        # With the lines that are on their way.
+        shown = f"journalctl --sync; journalctl -o cat -t nginx --since @{moment:.6f}"
+        lines = guard.check_output(shown).splitlines()
         said = [json.loads(line) for line in lines if line.startswith("{")]
         mine = [entry for entry in said if MODEL in entry["path"] and entry["status"] == 200]
         return [[names[end] for end in entry["upstream"].split(", ")] for entry in mine]
@@ -220,16 +222,54 @@ def test_the_door_asks_all_hosts(
         wait_until_shared(ways, hosts)
 
 
+def predicted_by(server: Client, door: Door) -> list[int]:
+    """Return what a host itself predicts."""
+    answer = server.ask(f"/{MODEL}/champion", "POST", body=door.question, patience=300)
+    assert answer.status == 200, answer
+    return list(answer.body["prediction"])
+
+
+def versions(server: Client) -> list[tuple[int, str]]:
+    """Return the versions of the model that a host tells, and their states."""
+    listing = server.ask("/loaded_models").body
+    return [(one["version"], one["state"]) for one in listing if one["model_name"] == MODEL]
+
+
 def test_all_hosts_tell_the_same(servers: dict[str, Client], door: Door) -> None:
     """What one has loaded, all have, and predict."""
     for server in servers.values():
-        answer = server.ask(f"/{MODEL}/champion", "POST", body=door.question, patience=300)
-        assert answer.body == {"prediction": door.wanted}
+        assert predicted_by(server, door) == door.wanted[0]
     told = [server.ask("/loaded_models").body for server in servers.values()]
     columns = ("model_flavor", "model_version_or_alias", "version", "state")
     mine = [[m for m in models if m["model_name"] == MODEL] for models in told]
     tables = [[[model[column] for column in columns] for model in models] for models in mine]
     assert tables == [[["sklearn", "champion", 1, "ready"]]] * len(servers)
+
+
+def test_an_alias_moves_on_all_hosts_and_fails_no_request(
+    servers: dict[str, Client], tracking: Client, trained: dict[str, Any], door: Door
+) -> None:
+    """Each host switches when it is ready; when all have, the new version alone answers."""
+    new = trained["next"]
+    moves = {new["version"]: new["predict"], 1: trained["predict"]}
+    with calling(replace(door, wanted=list(moves.values()))) as callers:
+        for version, prediction in moves.items():
+            body = {"name": MODEL, "alias": "champion", "version": str(version)}
+            path = "/api/2.0/mlflow/registered-models/alias"
+            assert tracking.ask(path, "POST", body=body).status == 200
+
+            def switched(version: int = version, prediction: list[int] = prediction) -> bool:
+                """Tell whether all hosts tell this version alone, and answer by it."""
+                told = [versions(server) for server in servers.values()]
+                answered = [predicted_by(server, door) for server in servers.values()]
+                return (told, answered) == (
+                    len(servers) * [[(version, "ready")]],
+                    len(servers) * [prediction],
+                )
+
+            scenario.wait_until(switched, 120)
+            with calling(replace(door, wanted=[prediction])):
+                callers.go_on()
 
 
 def test_a_host_that_stops_fails_no_request(
@@ -263,14 +303,37 @@ def test_a_host_that_is_killed_fails_no_request(
         wait_until_shared(ways, hosts)
 
 
+def other_limits() -> dict[str, Any]:
+    """Return inputs that restart servers and models."""
+    return {"model_server_workers": 1, "model_server_model_tasks_max": 96}
+
+
+def other_version() -> dict[str, Any]:
+    """Return the input that installs a package whose server and models speak otherwise."""
+    package = Path(os.environ["ODSP_STATE_DIR"]) / "other_model_server"
+    shutil.rmtree(package, ignore_errors=True)
+    unneeded = shutil.ignore_patterns("__pycache__", "tests")
+    shutil.copytree(scenario.ROOT / "model_server", package, ignore=unneeded)
+    spoken = package / "src/model_server/runner/wire.py"
+    ours = spoken.read_text()
+    theirs = ours.replace('ANSWER = b"="', 'ANSWER = b"~"')
+    assert theirs != ours
+    spoken.write_text(theirs)
+    return {"model_server_source": str(package)}
+
+
+@pytest.mark.parametrize("other", [other_limits, other_version], ids=["limits", "version"])
 def test_a_rolling_change_fails_no_request(
-    platform: Platform, hosts: list[str], door: Door, ways: Ways
+    platform: Platform,
+    hosts: list[str],
+    door: Door,
+    ways: Ways,
+    other: Callable[[], dict[str, Any]],
 ) -> None:
-    """Other limits restart servers and models, host by host, and so does the way back."""
+    """Servers and models restart host by host, and so they do on the way back."""
     before = {host: scenario.units(platform.on(host)) for host in hosts}
-    other = {"model_server_workers": 1, "model_server_model_tasks_max": 96}
     with calling(door) as callers:
-        for change in (other, {}):
+        for change in (other(), {}):
             run = platform.play("serving.yml", "--extra-vars", json.dumps(change))
             assert run.returncode == 0, run.stdout[-5000:]
             for host in hosts:
