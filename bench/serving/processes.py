@@ -53,6 +53,13 @@ class Server:
         """Memory of the tree: private pages, and its part of each shared one."""
         return sum(_pss_bytes(process) for process in self._tree())
 
+    def run_on(self, cpu: int) -> None:
+        """Keep the tree on one CPU from now on."""
+        for process in self._tree():
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), {cpu})
+
     def last_words(self, lines: int = 3) -> str:
         """The end of the log, in one line."""
         text = self.log.read_text(errors="replace").strip().splitlines()

@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -53,6 +54,8 @@ class Benchmark:
     machine: dict[str, str]
     results: dict[str, Result]
     behaviour: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Of ODSP's server: where the time of a request goes."""
 
     def middle(self, system: str, case: Case, figure: str = "rate") -> float | None:
         """The median of a figure, None when it was not measured."""
@@ -102,7 +105,7 @@ def describe_machine() -> dict[str, str]:
         "cores": f"{cores} cores shared with the load",
         "memory": f"{int(memory[1]) / 2**20:.0f} GiB" if memory else "",
         "debian": f"Debian {Path('/etc/debian_version').read_text().strip()}",
-        "kernel": f"Linux {platform.release()}",
+        "kernel": "Linux " + ".".join(platform.release().split(".")[:2]),
     }
 
 
@@ -236,6 +239,17 @@ def markdown(benchmark: Benchmark) -> str:
         "",
         *_figures_table(benchmark),
         "",
+        "## Where the time of a request goes",
+        "",
+        *_profile(benchmark.profile),
+        "",
+        "## Where peers are better",
+        "",
+        *_better_peers(benchmark),
+        "",
+        "Beside these figures: Triton and MLServer also speak gRPC, Triton runs models on GPUs and",
+        "without Python, and BentoML and LitServe serve programs written around models.",
+        "",
         "## What was run",
         "",
         "| system | version | how | not measured because |",
@@ -273,6 +287,80 @@ def _figures_table(benchmark: Benchmark) -> Iterable[str]:
             ]
             yield f"| {result.title} | {' | '.join(cells)} |"
         yield ""
+
+
+def _profile(profile: dict[str, Any]) -> Iterable[str]:
+    """Why a lone caller gets no more, and what 100 rows cost."""
+    if not profile:
+        yield "Not measured."
+        return
+    trip = profile["round_trip_us"]
+    yield "A lone caller finds every process asleep: the request wakes the HTTP worker and the"
+    yield "model's process, the answer the worker and the caller. Here a byte to another process"
+    yield f"and back takes {trip['two CPUs']:.0f} µs between two CPUs, which fall asleep, and"
+    yield f"{trip['one CPU']:.0f} µs on one. Requests per second of LR at 1 connection:"
+    yield ""
+    yield "| system | as it is | all its processes on one CPU |"
+    yield "| --- | --: | --: |"
+    for name, rates in profile["rates"].items():
+        yield f"| {name} | {rates['free']:.0f} | {rates['on one CPU']:.0f} |"
+    yield ""
+    yield "A process of its own for each model costs that; keeping it on one CPU with the workers"
+    yield "would take the second one from many callers. The work on one request in the model's"
+    yield "process, each part in a loop of its own, in µs:"
+    yield ""
+    parts = profile["parts_us"]
+    yield f"| part | {' | '.join(f'{rows} rows' if rows != '1' else '1 row' for rows in parts)} |"
+    yield f"| --- |{' --: |' * len(parts)}"
+    for part in next(iter(parts.values())):
+        yield f"| {part} | {' | '.join(f'{by_rows[part]:.0f}' for by_rows in parts.values())} |"
+
+
+def _better_peers(benchmark: Benchmark) -> list[str]:
+    """A line for each figure in which some system is better than ours."""
+    ours = benchmark.results.get("odsp")
+    others = [
+        result
+        for name, result in benchmark.results.items()
+        if name not in {"odsp", LIMIT} and result.figures
+    ]
+    if not ours or not ours.figures:
+        return ["Not measured."]
+    seen: list[tuple[str, str, Callable[[Result], float | None], bool]] = [
+        ("memory with LR loaded", "MB", lambda of: median(of.pss_mb) if of.pss_mb else None, False)
+    ]
+    for case in CASES:
+        seen += [
+            (
+                f"{_title(case)}, requests",
+                "/s",
+                partial(Result.middle, case=case, figure="rate"),
+                True,
+            ),
+            (
+                f"{_title(case)}, p99",
+                "ms",
+                partial(Result.middle, case=case, figure="p99_ms"),
+                False,
+            ),
+        ]
+    lines = []
+    for what, unit, figure, is_more_better in seen:
+        own = figure(ours)
+        if own is None:
+            continue
+        better = [
+            f"{other.title} {value:.{1 if unit == 'ms' else 0}f}"
+            for other in others
+            if (value := figure(other)) is not None
+            and value != own
+            and (value > own) == is_more_better
+        ]
+        if better:
+            lines.append(
+                f"- {what}: {', '.join(better)}, {OURS} {own:.{1 if unit == 'ms' else 0}f} {unit}"
+            )
+    return lines or ["In none of these figures."]
 
 
 def _cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Measure the model server beside its peers: `python3 bench/serving/run.py`, about 25 minutes.
+"""Measure the model server beside its peers: `python3 bench/serving/run.py`, about 20 minutes.
 
 Builds its own environments with uv, trains into an MLflow server of its own, and writes
 serving.md, serving.svg and serving.json. A system that cannot be measured does not end the run;
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -27,12 +30,16 @@ from bench.serving.load import CASES, Figures  # noqa: E402
 from bench.serving.processes import Server, free_ports, running  # noqa: E402
 from bench.serving.registry import Registry, registry  # noqa: E402
 from bench.serving.report import Benchmark, Result  # noqa: E402
-from bench.serving.systems import LIMIT, SYSTEMS, Place, System  # noqa: E402
+from bench.serving.systems import LIMIT, SYSTEMS, THREADS, Place, System  # noqa: E402
+from bench.serving.wakeups import round_trip_us  # noqa: E402
 
 MODELS = ("lr", "rf")
 #: Load before a case is measured, and on the limit beside each system (seconds).
 SHORT_S = 1
-FAILURES = (NotAvailableError, OSError, HTTPException, ValueError, LookupError)
+FAILURES = (
+    *(NotAvailableError, OSError, HTTPException, ValueError, LookupError),
+    subprocess.SubprocessError,
+)
 
 
 class Runner:
@@ -107,6 +114,43 @@ class Runner:
                 say(f"{name}: {seen[name]}")
         return seen
 
+    def profile(self, systems: Sequence[System], seconds: float) -> dict[str, Any]:
+        """Where the time of a request goes: what a lone caller gets, also of one CPU, and why."""
+        case, first, last = CASES[0], min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+        seen: dict[str, Any] = {
+            "round_trip_us": {
+                "two CPUs": round_trip_us(first, last),
+                "one CPU": round_trip_us(last, last),
+            },
+            "rates": {},
+        }
+        for system in systems:
+            with self.start(system, case.model) as (server, place):
+                self.measure(system, server, place, case, SHORT_S)
+                free = self.measure(system, server, place, case, seconds)
+                server.run_on(last)
+                self.measure(system, server, place, case, SHORT_S)
+                kept = self.measure(system, server, place, case, seconds)
+                seen["rates"][system.name] = {"free": free.rate, "on one CPU": kept.rate}
+                if system.name == "odsp":
+                    seen["parts_us"] = self._parts(place)
+        return seen
+
+    def _parts(self, place: Place) -> dict[str, dict[str, float]]:
+        """Microseconds of the work in the model's process; by rows of a request, by part."""
+        (python,) = (place.folder / "state/environments").glob("*/bin/python")
+        rows = place.folder / "rows.json"
+        rows.write_text(json.dumps(self._models.rows[:100]))
+        model = place.models / f"{place.model}.joblib"
+        told = subprocess.run(
+            [python, "-W", "error", Path(__file__).with_name("parts.py"), model, rows],
+            env={**os.environ, **THREADS},
+            check=True,
+            capture_output=True,
+        )
+        parts: dict[str, dict[str, float]] = json.loads(told.stdout)
+        return parts
+
     def _check(self, system: System, place: Place) -> None:
         """Raise unless it predicts what scikit-learn predicts, row by row and all at once."""
         rows, answers = self._models.rows, self._models.answers[place.model]
@@ -162,6 +206,11 @@ def main() -> int:
             odsp = next((system for system in chosen if system.name == "odsp"), None)
             if odsp and not benchmark.results["odsp"].failure:
                 benchmark.behaviour = runner.behave(odsp)
+                compared = [system for system in chosen if system.name in {"odsp", "naive"}]
+                try:
+                    benchmark.profile = runner.profile(compared, benchmark.seconds)
+                except FAILURES as error:
+                    say(f"profile: {_sentence(error)}")
     except NotAvailableError as error:
         say(str(error))
         return 1
