@@ -63,6 +63,8 @@ MOST_SCENARIOS = 3
 SCENARIO_LIMIT_S = 1800
 #: Silence after which a long step says that it still works (seconds).
 HEARTBEAT_S = 30
+#: What a component says of its own mistakes, long before a test that fails of them has ended.
+ERRORS = r'"level": "(error|critical)"|Traceback|CRITICAL'
 STEP = re.compile(r"> (\w+)\] (Executing$|Executed: (\w+))")
 ANSI = re.compile(r"\x1b(\[[0-9;]*m|\][^\x1b]*\x1b\\)")
 
@@ -303,16 +305,17 @@ def available_mib() -> int:
 
 
 def journal(machine: Path) -> str:
-    """Return the last words of the components on a scenario's hosts."""
+    """Return the components' errors on a scenario's hosts, and their last words."""
     known, text = json.loads(machine.read_text()), ""
     sudo = [] if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF"]
     for host in known["hosts"]:
         inside = ["podman", "exec", f"{known['platform']}-{host}", "journalctl", "--no-pager"]
-        _, said = run(
-            [*sudo, *inside, "--output=cat", "--lines=60", "--unit=odsp-*"],
-            extra={"CONTAINERS_CONF": str(machine.parent / "containers.conf")},
-        )
-        text += f"--- {host}: journal of its components\n{said}"
+        for what, chosen in (("errors", ["--lines=20", f"--grep={ERRORS}"]), ("end", ["--lines=60"])):
+            _, said = run(
+                [*sudo, *inside, "--quiet", "--output=cat", "--unit=odsp-*", *chosen],
+                extra={"CONTAINERS_CONF": str(machine.parent / "containers.conf")},
+            )
+            text += f"--- {host}: journal of its components, {what}\n{said}"
     return text
 
 

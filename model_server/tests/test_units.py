@@ -230,6 +230,24 @@ def test_a_module_that_is_too_much_for_the_compiler_stays_as_it_is(
     assert (tmp_path / "compiled").exists()
 
 
+def test_an_environment_is_handed_out_while_it_is_compiled(tmp_path: Path) -> None:
+    """A second model may start meanwhile: that the compiler's own files come and go is no error."""
+    packages = tmp_path / "lib"
+    packages.mkdir()
+    modules = [packages / f"module_{number}.py" for number in range(500)]
+    for module in modules:
+        module.write_text("1 + 1")
+    compiling = threading.Thread(target=compile_modules, args=[tmp_path])
+    compiling.start()
+    times = 0
+    while compiling.is_alive():
+        let_others_read(tmp_path)
+        times += 1
+    compiling.join()
+    assert times > 1
+    assert len(list(packages.rglob("*.pyc"))) == len(modules)
+
+
 def test_an_environment_that_is_gone_needs_no_compiling(tmp_path: Path) -> None:
     """It may be removed at any time."""
     compile_modules(tmp_path / "nowhere")

@@ -213,7 +213,9 @@ def let_others_read(folder: Path) -> None:
     for path, _, files in os.walk(folder):
         _add(Path(path), _FOLDER_BITS)
         for file in files:
-            _add(Path(path, file), stat.S_IROTH)
+            # The compiler's own are renamed while it is at work.
+            with contextlib.suppress(FileNotFoundError):
+                _add(Path(path, file), stat.S_IROTH)
 
 
 def _add(path: Path, bits: int) -> None:
