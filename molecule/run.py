@@ -63,8 +63,12 @@ MOST_SCENARIOS = 3
 SCENARIO_LIMIT_S = 1800
 #: Silence after which a long step says that it still works (seconds).
 HEARTBEAT_S = 30
-#: What a component says of its own mistakes, long before a test that fails of them has ended.
-ERRORS = r'"level": "(error|critical)"|Traceback|CRITICAL'
+#: What is shown of the components' journal where a test failed, and how journalctl is asked for it:
+#: their own mistakes may have been told long before the end.
+SHOWN = {
+    "errors": ["--lines=20", r'--grep="level": "(error|critical)"|Traceback|CRITICAL'],
+    "last words": ["--lines=60"],
+}
 STEP = re.compile(r"> (\w+)\] (Executing$|Executed: (\w+))")
 ANSI = re.compile(r"\x1b(\[[0-9;]*m|\][^\x1b]*\x1b\\)")
 
@@ -310,12 +314,12 @@ def journal(machine: Path) -> str:
     sudo = [] if os.getuid() == 0 else ["sudo", "--preserve-env=CONTAINERS_CONF"]
     for host in known["hosts"]:
         inside = ["podman", "exec", f"{known['platform']}-{host}", "journalctl", "--no-pager"]
-        for what, chosen in (("errors", ["--lines=20", f"--grep={ERRORS}"]), ("end", ["--lines=60"])):
+        for what, chosen in SHOWN.items():
             _, said = run(
                 [*sudo, *inside, "--quiet", "--output=cat", "--unit=odsp-*", *chosen],
                 extra={"CONTAINERS_CONF": str(machine.parent / "containers.conf")},
             )
-            text += f"--- {host}: journal of its components, {what}\n{said}"
+            text += f"--- {host}: {what} of its components\n{said}"
     return text
 
 

@@ -203,9 +203,7 @@ def test_a_host_whose_clock_is_wrong_is_waited_for_like_any_other(
     assert not catalog.is_seen_by_all(7)
 
 
-def test_many_workers_may_begin_and_load_at_once(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_workers_may_begin_and_load_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # However long the disk takes for all of them.
     monkeypatch.setattr(catalogs, "TRANSACTION_SECONDS", 60)
 
