@@ -4,7 +4,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,27 @@ def test_environments_that_nobody_has_used_for_long_are_removed(
     # Whoever needs it again builds it again, and nothing of the old one is left.
     assert _python(settings, _model(tmp_path, "c")).exists()
     assert {path for path in used.parent.iterdir() if path.is_dir()} == {used, running, forgotten}
+
+
+def test_an_environment_that_is_done_while_others_are_removed_ends_nothing(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = _python(settings, _model(tmp_path, "a")).parents[1]
+    forgotten = _python(settings, _model(tmp_path, "b")).parents[1]
+    os.utime(forgotten, (1000, 1000))
+    half = done.rename(done.with_name(f"{done.name}.partial-x"))
+
+    @contextmanager
+    def late(path: Path, deadline: float, what: str) -> Iterator[None]:
+        """Take the lock when the build, which has held it, has ended."""
+        if path.stem == done.name:
+            half.rename(done)
+        with exclusive(path, deadline, what):
+            yield
+
+    monkeypatch.setattr(environments, "exclusive", late)
+    Environments(settings).remove_unused(set(), oldest=2000)
+    assert [path.exists() for path in (done, forgotten)] == [True, False]
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Event
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from hosts import Host, eventually, runners_of, running
 from light_models import Gate, Shelf
 from model_server import catalog as catalogs
 from model_server import host as hosting
-from model_server import serving
+from model_server import keeping, serving
 from model_server.backoff import Backoff
 from model_server.locks import exclusive
 from model_server.settings import Settings
@@ -203,6 +204,26 @@ def test_a_crashed_runner_comes_back_before_anybody_asks(host: Host) -> None:
     old = _kill(host)
     eventually(lambda: len(host.runners()), wanted=1)
     assert old not in host.runners()
+
+
+def test_work_that_has_ended_before_its_keeper_looks_holds_up_no_other(
+    light: Settings, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads may be as fast as that, above all with little to do."""
+
+    class Fast(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
+            future = super().submit(*arguments, **named)
+            wait([future])
+            return future
+
+    monkeypatch.setattr(keeping, "ThreadPoolExecutor", Fast)
+    shelf.put("rose", 1, "one")
+    with running(light) as (host,):
+        host.load("rose", 1)
+        for _ in range(2):
+            _kill(host)
+            eventually(lambda: len(host.runners()), wanted=1)
 
 
 def test_a_runner_that_crashes_again_and_again_is_started_more_and_more_seldom(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from model_server.errors import ModelNotLoadableError
-from model_server.processes import ChildProcesses, RunnerSpec
+from model_server.processes import ChildProcesses, RunnerSpec, start_time
 from model_server.settings import Settings
 
 NAME = "0123456789abcdef-s"
@@ -187,6 +187,23 @@ def test_what_a_runner_started_goes_with_it(
             os.kill(child_id, signal.SIGKILL)
 
 
+def test_what_left_its_group_and_writes_on_keeps_no_start_from_its_folder(
+    processes: ChildProcesses, spec: Callable[[str], RunnerSpec], settings: Settings
+) -> None:
+    """Without units nothing ends what a model has put aside; the model comes back all the same."""
+    writer = "import os; os.setsid(); n = 0\nwhile n < 10**6: open(str(n), 'w'); n += 1"
+    script = f'{sys.executable} -c "{writer}" & echo $! >../writer; exec sleep 60'
+    processes.start(NAME, spec(script))
+    scratch = settings.state_dir / "scratch"
+    _until((scratch / NAME / "1").exists)
+    writer_id = int((scratch / "writer").read_text())
+    try:
+        processes.start(NAME, spec("exec sleep 60"))
+        assert processes.is_running(NAME)
+    finally:
+        os.kill(writer_id, signal.SIGKILL)
+
+
 def _lives(process_id: int) -> bool:
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -224,6 +241,19 @@ def test_another_process_of_the_same_number_is_left_alone(processes: ChildProces
     processes._record(NAME).write_text("nonsense")
     assert processes.process_id(NAME) is None
     assert processes.ended(NAME) is None
+
+
+def test_a_process_may_have_any_name() -> None:
+    """Also one whose last character was cut in two."""
+    code = "import time; open('/proc/self/comm', 'wb').write(b'\\xc3'); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as named:
+        try:
+            assert named.stdout
+            assert named.stdout.read(1) == b"1"
+            assert start_time(named.pid)
+        finally:
+            named.kill()
 
 
 def test_an_interpreter_that_cannot_be_run(processes: ChildProcesses, tmp_path: Path) -> None:

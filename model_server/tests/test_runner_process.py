@@ -121,6 +121,24 @@ def test_what_was_asked_before_the_end_is_answered_in_order(
         assert wire.unpack_answer(last[1], _ASKED)[0] == 2
 
 
+@pytest.mark.parametrize(("questions", "size"), [(1, 65536), (1, 131072), (64, 1024)])
+def test_questions_that_end_where_a_piece_ends_are_answered(
+    listener: socket.socket, address: Path, trained: TrainedModels, questions: int, size: int
+) -> None:
+    """That nothing follows is no reason to wait for more."""
+    frame = wire.pack(wire.PREDICT, ROW.ljust(size - len(wire.pack(wire.PREDICT))))
+    assert len(frame) == size
+    with (
+        _connected(address) as connection,
+        _loaded(listener, trained.folder / "fragile", "pyfunc") as thread,
+    ):
+        connection.settimeout(5)
+        connection.sendall(questions * frame)
+        thread.start()
+        answers = _frames(connection, questions)
+    assert [_prediction(answer)["doubled"] for answer in answers] == questions * [[[42]]]
+
+
 def test_the_rows_of_a_call_are_told_with_one_of_its_answers(
     listener: socket.socket, address: Path, trained: TrainedModels
 ) -> None:

@@ -86,8 +86,8 @@ class Environments:
                         environment.rename(stale)
                         shutil.rmtree(stale, ignore_errors=True)
                         _LOG.info("environment removed", extra={"environment": environment.name})
-            except DeadlineExceededError:
-                # Somebody builds or takes it at this moment.
+            except (DeadlineExceededError, FileNotFoundError):
+                # Somebody builds or takes it at this moment, or has built it by now.
                 continue
         # A cache that an operator names may be others' as well.
         if self._settings.uv_cache_dir is None and self._cache.exists():

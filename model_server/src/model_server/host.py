@@ -334,9 +334,9 @@ class ModelHost:
             if not files.is_dir() or digest in wanted:
                 continue
             lock = (folder / digest).with_suffix(".lock")
-            # Whoever takes them at this moment uses them.
+            # Whoever takes them at this moment uses them, or has given them their own name by now.
             with (
-                contextlib.suppress(DeadlineExceededError),
+                contextlib.suppress(DeadlineExceededError, FileNotFoundError),
                 exclusive(lock, 0.0, "the model's files"),
             ):
                 if files.stat().st_mtime < oldest:

@@ -108,7 +108,9 @@ class Keeper:
 
     def stop(self) -> None:
         """Let go; starts under way end with the worker."""
-        self._stopping.set()
+        # Nobody begins anything any more, and waits with the lock for threads that need it to end.
+        with self._changing:
+            self._stopping.set()
         for threads in (self._starts, self._stops, self._deployments):
             threads.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + _STOP_SECONDS
@@ -276,10 +278,11 @@ class Keeper:
 
     def _begin(self, threads: ThreadPoolExecutor, key: _Work, function: Callable[[], None]) -> None:
         with self._changing:
-            if key not in self._under_way and not self._stopping.is_set():
-                future = threads.submit(function)
-                self._under_way[key] = future
-                future.add_done_callback(partial(self._finished, key))
+            if key in self._under_way or self._stopping.is_set():
+                return
+            future = self._under_way[key] = threads.submit(function)
+        # Without the lock: where it has ended by now, this is the thread that calls.
+        future.add_done_callback(partial(self._finished, key))
 
     def _finished(self, key: _Work, future: Future[None]) -> None:
         with self._changing:

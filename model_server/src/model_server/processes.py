@@ -111,7 +111,8 @@ class ChildProcesses(Processes):
         """Start a runner as a child of this process."""
         self.stop(name, 0)
         scratch = self._scratch / name
-        scratch.mkdir(parents=True, mode=0o700)
+        # Still there where something of the old model is writing in it to its very end.
+        scratch.mkdir(parents=True, mode=0o700, exist_ok=True)
         if not os.access(spec.python, os.X_OK):
             raise ModelNotLoadableError(f"The interpreter {spec.python} cannot be run.")
         address = self.address(name)
@@ -269,7 +270,8 @@ def _is_alive(process_id: int, began: int) -> bool:
 def _stat(process_id: int) -> tuple[str, int] | None:
     """The state of a process and when it began."""
     try:
-        stat = Path(f"/proc/{process_id}/stat").read_text()
+        # A name that a process gives itself may be cut in the middle of a character.
+        stat = Path(f"/proc/{process_id}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, *fields = stat.rpartition(")")[2].split()

@@ -70,7 +70,7 @@ class _Connection:
         received: list[tuple[_Slot, bytes, bytes]] = []
         while True:
             try:
-                piece = self.channel.recv(_PIECE, socket.MSG_DONTWAIT)
+                piece = self.channel.recv(_PIECE)
             except BlockingIOError:
                 return received
             if not piece:
@@ -88,8 +88,17 @@ class _Connection:
         while self._slots and (frame := self._slots[0].frame) is not None:
             self._slots.popleft()
             frames.append(frame)
-        if frames:
-            self.channel.sendall(b"".join(frames))
+        if not frames:
+            return
+        data = b"".join(frames)
+        try:
+            sent = self.channel.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self.channel.settimeout(_SEND_SECONDS)
+            self.channel.sendall(memoryview(data)[sent:])
+            self.channel.setblocking(False)
 
 
 class Conversations:
@@ -149,7 +158,7 @@ class Conversations:
         with contextlib.suppress(OSError):
             while True:
                 channel, _ = self._listener.accept()
-                channel.settimeout(_SEND_SECONDS)
+                channel.setblocking(False)
                 self._selector.register(channel, selectors.EVENT_READ, _Connection(channel))
 
     def _hang_up(self, connection: _Connection) -> None:
